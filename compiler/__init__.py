@@ -1,0 +1,1 @@
+"""The driver: source, recipe, pipeline, command line."""

@@ -1,0 +1,1 @@
+"""Artifacts out: safetensors, report, model card."""

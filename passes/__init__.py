@@ -1,0 +1,1 @@
+"""Passes: one file a pass, one idea a file. The contract is in base.py."""

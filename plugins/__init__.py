@@ -1,0 +1,1 @@
+"""What runs a plan: the PyTorch reference, its cache, and how it hooks into Transformers."""

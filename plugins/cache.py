@@ -1,0 +1,155 @@
+"""The cache of one layer under a plan: what local KV heads may forget is really gone.
+
+A Transformers ``Cache`` is a list of layer caches; :func:`plugins.runtime` fills an empty one with these. Each holds
+
+    full KV heads    every token,                   [batch, full KV heads, tokens, head_dim]
+    local KV heads   sinks and window, a ring,      [batch, local KV heads, sinks + window, head_dim]
+    index keys       Wk k of every token,           [batch, retrieval heads, tokens, rank]
+
+Keys keep the rotary embedding of their original position. Token numbers count real tokens per row (padding is -1), so
+left or right padding changes nothing. Token t of the ring lives in slot t if t < sinks, else sinks + (t - sinks) mod
+window. Until every row has more than max(min_context, sinks + window) tokens nothing is forgotten, because below
+``min_context`` local heads are dense.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from sparsec.plan import Window
+
+
+class LocalStore:
+    """Keys and values of local KV heads, evicted to sinks and window."""
+
+    def __init__(self, window: Window, min_context: int) -> None:
+        self.window = window
+        self.min_context = min_context
+        self.keys: Tensor | None = None  # [batch, local KV heads, slots, head_dim]
+        self.values: Tensor | None = None
+        self.pos: Tensor | None = None  # [batch, slots] token numbers, -1: empty or padding
+        self.ring = False  # slots follow the ring's order, not time
+
+    def joined(self, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is stored and the new tokens, in order of time: keys, values, token numbers. Nothing is stored."""
+        if self.keys is None or self.values is None or self.pos is None:
+            return k, v, pos
+        keys, values, old = self.keys, self.values, self.pos
+        if self.ring:
+            old, order = old.sort(dim=-1, stable=True)
+            keys, values = _take(keys, order), _take(values, order)
+        return torch.cat((keys, k), 2), torch.cat((values, v), 2), torch.cat((old, pos), 1)
+
+    def write_one(self, k: Tensor, v: Tensor, pos: Tensor) -> bool:
+        """Overwrite the slot of the one oldest token of each row; False if this is not a full ring yet."""
+        if not self.ring or self.keys is None or self.values is None or self.pos is None or bool((pos < 0).any()):
+            return False
+        slot = self._slot(pos)  # [batch, 1]
+        at = slot[:, None, :, None]
+        self.keys.scatter_(2, at.expand(-1, *k.shape[1:2], 1, k.shape[3]), k)
+        self.values.scatter_(2, at.expand(-1, *v.shape[1:2], 1, v.shape[3]), v)
+        self.pos.scatter_(1, slot, pos)
+        return True
+
+    def store(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        """Keep what later queries may see of ``joined``'s answer."""
+        capacity = self.window.sinks + self.window.size
+        lengths = pos.amax(1) + 1  # [batch] real tokens of each row so far
+        if pos.shape[1] <= capacity or int(lengths.min()) <= self.min_context:
+            self.keys, self.values, self.pos, self.ring = k, v, pos, False
+            return
+        live = (pos >= 0) & ((pos < self.window.sinks) | (pos >= lengths[:, None] - self.window.size))
+        # Where each slot's token is now; the last column swallows what is forgotten.
+        source = torch.full((pos.shape[0], capacity + 1), -1, dtype=torch.long, device=pos.device)
+        slot = torch.where(live, self._slot(pos), capacity)
+        source.scatter_(1, slot, torch.arange(pos.shape[1], device=pos.device).expand_as(pos))
+        source = source[:, :capacity]
+        at = source.clamp_min(0)
+        self.keys, self.values = _take(k, at), _take(v, at)
+        self.pos = torch.where(source >= 0, pos.gather(1, at), -1)
+        self.ring = True
+
+    def _slot(self, pos: Tensor) -> Tensor:
+        sinks, size = self.window.sinks, self.window.size
+        return torch.where(pos < sinks, pos, sinks + (pos - sinks) % size)
+
+
+class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's cache. The attention function reads and writes it; ``update`` only passes the new tokens on."""
+
+    def __init__(self, window: Window | None, min_context: int) -> None:
+        super().__init__()
+        self.length = 0
+        self.full_keys: Tensor | None = None
+        self.full_values: Tensor | None = None
+        self.index_keys: Tensor | None = None
+        self.local = LocalStore(window, min_context) if window else None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: stores grow with the first tokens."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values, unchanged."""
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: what generate() counts, not what is resident."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover everything seen; the attention function turns them into token numbers."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident: keys, values and index keys as allocated."""
+        return sum(t.untyped_storage().nbytes() for t in self._tensors().values())
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0
+        self.full_keys = self.full_values = self.index_keys = None
+        if self.local is not None:
+            self.local = LocalStore(self.local.window, self.local.min_context)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows follow their beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, in that order."""
+        self._map(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def crop(self, max_length: int) -> None:
+        """Evicted tokens cannot come back."""
+        raise ValueError(
+            "a sparsec cache cannot be cropped, its local heads have forgotten: run assisted decoding on the dense model"
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {"full_keys": self.full_keys, "full_values": self.full_values, "index_keys": self.index_keys}
+        if self.local is not None:
+            found |= {"local.keys": self.local.keys, "local.values": self.local.values, "local.pos": self.local.pos}
+        return {name: t for name, t in found.items() if t is not None}
+
+    def _map(self, change: Any) -> None:
+        for name, tensor in self._tensors().items():
+            owner: Any = self.local if name.startswith("local.") else self
+            setattr(owner, name.removeprefix("local."), change(tensor))
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of [batch, heads, tokens, dim] by [batch, chosen] token index."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -1,0 +1,114 @@
+"""Model families as a table: where a decoder keeps the parts that passes and the runtime need.
+
+Captured q, k and v come from Transformers' attention interface, after q/k-norm and rotary embedding, so fused
+projections, norms, biases and scales need no row here. To add a family, add its row and run
+``pytest tests/test_families.py``: it rebuilds every layer's attention output from what was captured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from sparsec.errors import SourceError
+from sparsec.plan import ModelShape
+
+
+@dataclass(frozen=True)
+class Family:
+    """Dotted paths from the causal-LM model (layers, norm) or from a decoder layer (the others)."""
+
+    model_type: str
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    output: str = "self_attn.o_proj"
+    attention_norm: str = "input_layernorm"
+    mlp: str = "mlp"
+    mlp_norm: str = "post_attention_layernorm"
+
+
+FAMILIES = {
+    row.model_type: row
+    for row in (
+        Family("llama"),
+        Family("mistral"),
+        Family("qwen2"),
+        Family("qwen3"),
+        Family("gemma3_text", mlp_norm="pre_feedforward_layernorm"),
+        Family("phi3"),
+    )
+}
+
+
+def family_of(config: Any) -> Family:
+    """The table's row for a model config.
+
+    Raises:
+        SourceError: the family is not in the table.
+    """
+    try:
+        return FAMILIES[config.model_type]
+    except KeyError:
+        raise SourceError(
+            f"model family {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)} "
+            "(a new one is a row in plugins/families.py)"
+        ) from None
+
+
+def shape_of(config: Any) -> ModelShape:
+    """The attention shape; head_dim is read, not divided out: many models set it apart from hidden_size."""
+    family_of(config)
+    heads = config.num_attention_heads
+    return ModelShape(
+        model_type=config.model_type,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def sliding_window_is_whole(config: Any) -> bool:
+    """A sliding window at least as long as the model reads hides nothing: the layer is dense."""
+    window = getattr(config, "sliding_window", None)
+    return window is None or window >= config.max_position_embeddings
+
+
+def native_local_layers(config: Any) -> tuple[int, ...]:
+    """Layers that the model itself runs with a sliding window; sparsec leaves them alone."""
+    count = config.num_hidden_layers
+    if sliding_window_is_whole(config) or getattr(config, "use_sliding_window", True) is False:
+        return ()
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return tuple(range(count))
+    return tuple(i for i in range(count) if types[i] == "sliding_attention")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal-LM model, first to last."""
+    layers: nn.ModuleList = attrgetter(family_of(model.config).layers)(model)
+    return layers
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention module of every decoder layer."""
+    path = attrgetter(family_of(model.config).attention)
+    return [path(layer) for layer in decoder_layers(model)]
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last decoder layer and the head."""
+    module: nn.Module = attrgetter(family_of(model.config).norm)(model)
+    return module
+
+
+def lm_head(model: nn.Module) -> nn.Module:
+    """The projection to vocabulary logits."""
+    module: nn.Module = attrgetter(family_of(model.config).head)(model)
+    return module

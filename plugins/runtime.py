@@ -1,0 +1,269 @@
+"""Puts a plan on a Transformers model and takes it off again.
+
+:func:`install` sets ``attn_implementation="sparsec"``, gives every attention module its
+:class:`~sparsec.plugins.attention.LayerRuntime` and indexer, and fills each empty cache that reaches the model with
+:class:`~sparsec.plugins.cache.SparseLayer`. Weights are not touched.
+
+A call with one new token on a filled cache is a decode row, any other call is prefill; ``generate()`` marks its own
+prefill, and :func:`rows_as` overrides both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from sparsec.errors import PlanError
+from sparsec.plan import Plan
+from sparsec.plugins.attention import Step, layer_runtime, sparsec_attention
+from sparsec.plugins.cache import SparseLayer
+from sparsec.plugins.families import attention_modules, decoder_layers, native_local_layers, shape_of
+from sparsec.plugins.selector import Indexer
+
+NAME = "sparsec"
+Rows = Literal["prefill", "decode"]
+
+_rows: ContextVar[Rows | None] = ContextVar("sparsec_rows", default=None)
+_step: ContextVar[Step | None] = ContextVar("sparsec_step", default=None)
+
+
+def _mask(*, local_size: int | None = None, config: Any = None, **kwargs: Any) -> Tensor | None:
+    """Transformers' mask interface: the 2-D padding mask for our layers, its own mask for native sliding layers."""
+    if local_size is not None and config is not None and native_local_layers(config):
+        return sdpa_mask(local_size=local_size, config=config, **kwargs)  # type: ignore[no-any-return]
+    if local_size is None and kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+        raise ValueError("sparsec attention is causal only: pass each sequence as its own row, not packed")
+    mask: Tensor | None = kwargs.get("attention_mask")
+    return mask
+
+
+AttentionInterface.register(NAME, sparsec_attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def tensor_names(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Every tensor the plan needs beside the base weights, with its shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, layer in enumerate(plan.layers):
+        if layer.index == "full" and plan.selector is not None:
+            shape = (len(layer.retrieval), plan.selector.rank, plan.model.head_dim)
+            for part in ("q_proj", "k_proj"):
+                shapes[f"model.layers.{i}.self_attn.indexer.{part}.weight"] = shape
+    return shapes
+
+
+def check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """The plan fits the model, and the tensors fit the plan.
+
+    Raises:
+        PlanError: naming the first thing that does not fit.
+    """
+    shape = shape_of(model.config)
+    if shape != plan.model:
+        raise PlanError(f"the plan is for {plan.model}, the model is {shape}: use the checkpoint it was compiled from")
+    for i in native_local_layers(model.config):
+        if plan.layers[i].heads is not None:
+            raise PlanError(f"the plan changes layer {i}, which the model itself runs with a sliding window")
+    expected = tensor_names(plan)
+    for name, size in expected.items():
+        if name not in tensors:
+            raise PlanError(f"the plan needs the tensor {name}, which is missing: compile again")
+        if tuple(tensors[name].shape) != size:
+            raise PlanError(f"{name} has shape {tuple(tensors[name].shape)}, the plan needs {size}: compile again")
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise PlanError(f"{name} holds values that are not finite: compile again")
+    for name in tensors:
+        if name not in expected:
+            raise PlanError(f"the plan has no place for the tensor {name}: compile again")
+
+
+def install(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Run ``plan`` on ``model`` from now on. A plan already there is replaced.
+
+    Args:
+        model: a causal-LM model of a supported family.
+        plan: what runs.
+        tensors: the plan's tensors by name (:func:`tensor_names`), any float dtype.
+
+    Raises:
+        PlanError: plan, model and tensors do not fit together.
+        SourceError: the model's family is not supported.
+    """
+    check(model, plan, tensors)
+    uninstall(model)
+    hooks = []
+    for i, module in enumerate(attention_modules(model)):
+        device = next(module.parameters()).device
+        indexer = None
+        if plan.layers[i].index == "full":
+            prefix = f"model.layers.{i}.self_attn.indexer"
+            indexer = Indexer(*(tensors[f"{prefix}.{part}.weight"].to(device) for part in ("q_proj", "k_proj")))
+            module.indexer = indexer
+        object.__setattr__(module, "sparsec", layer_runtime(plan, i, indexer, device))
+        hooks.append(module.register_forward_pre_hook(_note_call, with_kwargs=True))
+    hooks.append(model.get_decoder().register_forward_pre_hook(_begin_call, with_kwargs=True))  # type: ignore[operator]
+    dense = getattr(model.config, "_attn_implementation", None)
+    object.__setattr__(model, "sparsec_installed", (hooks, dense))
+    object.__setattr__(model, "sparsec_plan", plan)
+    object.__setattr__(model.get_decoder(), "sparsec_plan", plan)  # type: ignore[operator]
+    model.set_attn_implementation(NAME)  # type: ignore[operator]
+
+
+def uninstall(model: nn.Module) -> None:
+    """Back to the dense model."""
+    installed = getattr(model, "sparsec_installed", None)
+    if installed is None:
+        return
+    hooks, dense = installed
+    for hook in hooks:
+        hook.remove()
+    for module in attention_modules(model):
+        del module.sparsec
+        if hasattr(module, "indexer"):
+            del module.indexer
+    del model.sparsec_installed, model.sparsec_plan, model.get_decoder().sparsec_plan  # type: ignore[operator]
+    model.set_attn_implementation(dense)  # type: ignore[operator]
+
+
+@contextmanager
+def applied(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """``plan`` runs inside the block, what ran before runs after it."""
+    before = getattr(model, "sparsec_plan", None)
+    kept = indexer_tensors(model) if before is not None else {}
+    install(model, plan, tensors or {})
+    try:
+        yield
+    finally:
+        uninstall(model)
+        if before is not None:
+            install(model, before, kept)
+
+
+@contextmanager
+def rows_as(kind: Rows) -> Iterator[None]:
+    """Inside the block every row of every call is a prefill row, or a decode row."""
+    token = _rows.set(kind)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+@contextmanager
+def stepping(step: Step) -> Iterator[None]:
+    """Inside the block calls use ``step`` (its observer, its commit flag) instead of one of their own."""
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
+
+
+def new_cache(model: nn.Module) -> Cache:
+    """An empty cache for a model with a plan; pass it as ``past_key_values`` and keep it for the next turn."""
+    return fill_cache(DynamicCache(config=model.config), model.sparsec_plan, model.config)  # type: ignore[arg-type]
+
+
+def fill_cache(cache: Cache, plan: Plan, config: Any) -> Cache:
+    """Give an empty Transformers cache the layers that the plan needs; the object stays the caller's.
+
+    Raises:
+        ValueError: the cache was filled by a dense model, or is of a kind that cannot hold a plan's layers.
+    """
+    if any(isinstance(layer, SparseLayer) for layer in cache.layers):
+        return cache
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise ValueError(f"a plan needs the default cache, not {type(cache).__name__}: drop cache_implementation")
+    if cache.get_seq_length() > 0:
+        raise ValueError("this cache was filled by a dense model: start with an empty one")
+    native = native_local_layers(config)
+    cache.layer_class_to_replicate = None
+    cache.layers = [
+        DynamicSlidingWindowLayer(sliding_window=config.sliding_window)
+        if i in native
+        else SparseLayer(plan.window, plan.min_context)
+        for i in range(plan.model.layers)
+    ]
+    return cache
+
+
+def kv_bytes(cache: Cache) -> int:
+    """Bytes resident in a cache: keys, values and index keys of all layers."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, SparseLayer):
+            total += layer.nbytes
+        elif layer.keys is not None:
+            total += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
+    return total
+
+
+def indexer_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The plan's tensors of a model that runs one, by their names in the artifact."""
+    return {
+        f"model.layers.{i}.self_attn.indexer.{name}": tensor
+        for i, module in enumerate(attention_modules(model))
+        if hasattr(module, "indexer")
+        for name, tensor in module.indexer.state_dict().items()
+    }
+
+
+def _begin_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before each forward: a cache of the right kind, and a new Step for the layers to share."""
+    plan: Plan = decoder.sparsec_plan  # type: ignore[assignment]
+    config = decoder.config
+    cache = kwargs.get("past_key_values")
+    if cache is None and kwargs.get("use_cache"):
+        cache = kwargs["past_key_values"] = DynamicCache(config=config)
+    if cache is not None:
+        fill_cache(cache, plan, config)
+    if kwargs.get("output_attentions"):
+        raise ValueError("sparse attention has no dense attention weights to return: drop output_attentions")
+    step = _step.get()
+    if step is None:
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        past = cache.get_seq_length() if cache is not None else 0
+        one = inputs is not None and inputs.shape[1] == 1 and past > 0
+        rows = _rows.get()
+        step = Step(decode=one if rows is None else rows == "decode")
+    else:
+        step.index_sets.clear()
+        step.positions = None
+    for layer in decoder.layers:  # type: ignore[union-attr]
+        layer.self_attn.sparsec.step = step
+    return args, kwargs
+
+
+def _note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before each attention call: this call's rotary tables and this layer's cache."""
+    runtime = module.sparsec
+    runtime.rope = kwargs.get("position_embeddings")
+    cache = kwargs.get("past_key_values")
+    layer = cache.layers[runtime.number] if cache is not None else None
+    runtime.cache = layer if isinstance(layer, SparseLayer) else None
+
+
+__all__ = [
+    "Step",
+    "applied",
+    "check",
+    "decoder_layers",
+    "fill_cache",
+    "indexer_tensors",
+    "install",
+    "kv_bytes",
+    "new_cache",
+    "rows_as",
+    "stepping",
+    "tensor_names",
+    "uninstall",
+]

@@ -1,0 +1,117 @@
+"""The selector of retrieval heads: low-rank scores, softmax over causal keys, top-p, forced tokens.
+
+RTPurbo (arXiv 2605.16928), "Offline calibration" and "top-p decoding": s_h(m, n) = (Wq_h q_m)·(Wk_h k_n), keep the
+largest until their softmax mass reaches p. Nothing is divided by sqrt(rank): the weights were trained on softmax(s),
+so any scale is inside them and p means what it meant in training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsec.plan import Selector
+
+TIE = 1e-4  # weights closer than this, relative, count as equal
+
+
+class Indexer(nn.Module):
+    """The projections of one layer's retrieval heads.
+
+    Tensors: ``q_proj.weight`` and ``k_proj.weight``, each [retrieval heads, rank, head_dim], float32; row i belongs to
+    the layer's i-th retrieval head in ascending order.
+    """
+
+    def __init__(self, q_proj: Tensor, k_proj: Tensor) -> None:
+        super().__init__()
+        self.q_proj = _Weight(q_proj)
+        self.k_proj = _Weight(k_proj)
+
+    def queries(self, q: Tensor) -> Tensor:
+        """[batch, retrieval heads, rows, head_dim] -> [batch, retrieval heads, rows, rank], float32."""
+        return torch.einsum("bhmd,hrd->bhmr", q.float(), self.q_proj.weight)
+
+    def keys(self, k: Tensor) -> Tensor:
+        """The same for keys; k has one slice for every retrieval head (GQA groups already repeated)."""
+        return torch.einsum("bhnd,hrd->bhnr", k.float(), self.k_proj.weight)
+
+
+class _Weight(nn.Module):
+    """Holds ``weight``, so that tensor names read ``indexer.q_proj.weight`` as other engines' do."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
+
+
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Undo the rotary embedding (rotate-half layout): the pre-RoPE q or k from the one attention sees.
+
+    x: [batch, heads, rows, head_dim]; cos, sin: [batch, rows, rotary_dim]. A partial rotary embedding leaves the tail
+    alone. cos and sin may carry an attention scale s (YaRN): rotating back with them gives s² times the original.
+    """
+    cos, sin = cos[:, None].float(), sin[:, None].float()
+    rotary = cos.shape[-1]
+    part = x[..., :rotary].float()
+    half = rotary // 2
+    turned = torch.cat((-part[..., half:], part[..., :half]), dim=-1)
+    scale = cos[..., :1].square() + sin[..., :1].square()
+    return torch.cat(((part * cos - turned * sin) / scale, x[..., rotary:].float()), dim=-1)
+
+
+def select(
+    scores: Tensor, q_pos: Tensor, k_pos: Tensor, selector: Selector, min_context: int, *, union: bool | None = None
+) -> Tensor:
+    """The keys that each row keeps.
+
+    Args:
+        scores: [batch, heads, rows, keys] float32, any causal state (masked here).
+        q_pos, k_pos: [batch, rows] and [batch, keys], token numbers from 0; -1 marks padding.
+        selector: how to choose; ``scope`` 'layer' gives the union over heads.
+        min_context: rows whose context is at most this long keep everything.
+        union: overrides the selector's scope (for measuring).
+
+    Returns:
+        bool [batch, heads (1 for a union), rows, keys].
+    """
+    visible = causal(q_pos, k_pos)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)
+    if selector.granularity == "block":
+        keep = _top_p_blocks(weights, k_pos, selector.top_p, selector.block)
+    else:
+        keep = top_p(weights, selector.top_p)
+    distance = q_pos[:, None, :, None] - k_pos[:, None, None, :]
+    forced = (k_pos[:, None, None, :] < selector.sinks) | (distance < selector.recent)
+    short = (q_pos < min_context)[:, None, :, None]
+    keep = (keep | forced | short) & visible
+    if union if union is not None else selector.scope == "layer":
+        keep = keep.any(1, keepdim=True)
+    return keep
+
+
+def causal(q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """bool [batch, 1, rows, keys]: real keys at or before the row."""
+    k = k_pos[:, None, None, :]
+    return (k >= 0) & (k <= q_pos[:, None, :, None])
+
+
+def top_p(weights: Tensor, p: float) -> Tensor:
+    """Keep the largest weights through the one whose cumulative sum crosses p; at least one; ties at the edge stay.
+
+    weights: [..., n], non-negative, each row summing to 1 (or 0 where nothing is visible).
+    """
+    # Equal tokens have equal keys before RoPE, so ties are common, and rounding must not tear them apart: the same
+    # row would keep one set as a decode step and another in a chunk.
+    if p >= 1.0:
+        return torch.ones_like(weights, dtype=torch.bool)
+    ranked = weights.sort(dim=-1, descending=True).values
+    count = ((ranked.cumsum(-1) - ranked) < p).sum(-1, keepdim=True).clamp_min(1)
+    return weights >= ranked.gather(-1, count - 1) * (1 - TIE)
+
+
+def _top_p_blocks(weights: Tensor, k_pos: Tensor, p: float, block: int) -> Tensor:
+    """Whole blocks by their mass, largest first. Block b holds tokens b*block .. (b+1)*block - 1."""
+    blocks = int(k_pos.max()) // block + 1
+    index = (k_pos.clamp_min(0) // block)[:, None, None, :].expand(weights.shape)
+    mass = torch.zeros(*weights.shape[:-1], blocks, device=weights.device).scatter_add_(-1, index, weights)
+    return top_p(mass, p).gather(-1, index)

@@ -1,0 +1,206 @@
+"""The plan: for every layer and query head, what runs. Pure data; the runtime needs it and the tensors, nothing else.
+
+The semantics of every field are the execution contract (docs/execution-contract.md). The JSON schema in
+docs/plan.md is printed from these classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparsec.errors import PlanError
+
+FORMAT = 1
+
+
+class Strict(BaseModel):
+    """Immutable data; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelShape(Strict):
+    """The attention shape of the base model that the plan was made for."""
+
+    model_type: str = Field(description="Transformers' model_type, e.g. llama")
+    layers: int = Field(ge=1, le=4096, description="decoder layers")
+    heads: int = Field(ge=1, le=4096, description="query heads a layer")
+    kv_heads: int = Field(ge=1, le=4096, description="key-value heads a layer; divides heads")
+    head_dim: int = Field(ge=1, le=4096, description="dimensions of a head")
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one KV head: query head h reads KV head h // group."""
+        return self.heads // self.kv_heads
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads are no multiple of {self.kv_heads} KV heads")
+        return self
+
+
+class Window(Strict):
+    """What a local head's query at token t sees: tokens t-size+1 .. t and 0 .. sinks-1."""
+
+    size: int = Field(ge=1, description="tokens, the current one included")
+    sinks: int = Field(ge=0, description="first tokens of the sequence that stay visible")
+
+
+class Selector(Strict):
+    """How a retrieval head chooses its keys in decode: s = (Wq q)·(Wk k), softmax over all causal keys, top-p."""
+
+    kind: Literal["lowrank"] = "lowrank"
+    rank: int = Field(ge=1, le=1024, description="rows of Wq and Wk")
+    rope: Literal["pre", "post"] = Field(description="q and k before or after the rotary embedding")
+    top_p: float = Field(gt=0, le=1, description="kept share of the selector's softmax mass")
+    granularity: Literal["token", "block"] = Field(description="what is kept or dropped as a whole")
+    block: int = Field(ge=1, description="tokens a block; blocks start at multiples of it")
+    sinks: int = Field(ge=0, description="first tokens that are always kept")
+    recent: int = Field(ge=0, description="latest tokens that are always kept, the current one included")
+    scope: Literal["head", "layer"] = Field(
+        default="head", description="head: each retrieval head its own set; layer: their union, one set a layer"
+    )
+
+
+class LayerPlan(Strict):
+    """One decoder layer."""
+
+    heads: tuple[Literal[0, 1], ...] | None = Field(
+        description="per query head, 1 = retrieval, 0 = local; null: the layer runs as the model made it"
+    )
+    index: Literal["none", "full", "shared"] = Field(
+        default="none",
+        description="none: retrieval heads are dense in decode; full: the layer has an indexer; "
+        "shared: it reads the index set of the nearest full layer below",
+    )
+
+    @property
+    def retrieval(self) -> tuple[int, ...]:
+        """Indices of the retrieval query heads, ascending."""
+        return tuple(h for h, kind in enumerate(self.heads or ()) if kind)
+
+    @property
+    def local(self) -> tuple[int, ...]:
+        """Indices of the local query heads, ascending."""
+        return tuple(h for h, kind in enumerate(self.heads or ()) if not kind)
+
+    def local_kv_heads(self, group: int) -> tuple[int, ...]:
+        """KV heads that are evicted to sinks and window: those whose query heads are all local."""
+        heads = self.heads or ()
+        return tuple(k for k in range(len(heads) // group) if not any(heads[k * group : (k + 1) * group]))
+
+
+class PassRecord(Strict):
+    """A pass that had a hand in the plan, with its whole configuration."""
+
+    name: str
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class Plan(Strict):
+    """The compiler's IR. Immutable; passes make new ones with :meth:`edit`."""
+
+    format: Literal[1] = 1
+    producer: str = Field(description="name and version of the writer")
+    model: ModelShape
+    window: Window | None = Field(default=None, description="of all local heads")
+    selector: Selector | None = Field(default=None, description="of all layers with an index")
+    min_context: int = Field(
+        default=0, ge=0, description="a query whose context, itself included, is at most this long is dense"
+    )
+    layers: tuple[LayerPlan, ...]
+    passes: tuple[PassRecord, ...] = ()
+
+    @classmethod
+    def dense(cls, model: ModelShape, producer: str, native: tuple[int, ...] = ()) -> Plan:
+        """The plan of the unchanged model: every head retrieval, no index; ``native`` layers are left alone."""
+        heads: tuple[Literal[0, 1], ...] = (1,) * model.heads
+        layers = tuple(LayerPlan(heads=None if i in native else heads) for i in range(model.layers))
+        return cls(producer=producer, model=model, layers=layers)
+
+    @classmethod
+    def parse(cls, data: object) -> Plan:
+        """Read a plan from JSON data.
+
+        Raises:
+            PlanError: the data is no plan; the message names the first field that is wrong.
+        """
+        if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
+            raise PlanError(f"the plan has format {data['format']!r}, this sparsec reads {FORMAT}: update sparsec")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise PlanError(f"not a valid plan: {first_error(error)}") from None
+
+    def edit(self, **changes: Any) -> Plan:
+        """A copy with fields replaced, validated again.
+
+        Raises:
+            PlanError: the new plan contradicts itself.
+        """
+        return Plan.parse({**self.model_dump(), **changes})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data; :meth:`parse` gives an equal plan back."""
+        return self.model_dump(mode="json")
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what runs: everything but the producer and the passes' records."""
+        data = self.model_dump(mode="json", exclude={"producer", "passes"})
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def is_dense(self) -> bool:
+        """No head is local and no layer has an index."""
+        return all(not layer.local and layer.index == "none" for layer in self.layers)
+
+    def indexed(self) -> tuple[int, ...]:
+        """Layers with an index, full or shared, ascending."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.index != "none")
+
+    def index_source(self, layer: int) -> int:
+        """The full layer whose index set ``layer`` uses: itself, or the nearest full one below."""
+        return max(i for i in range(layer + 1) if self.layers[i].index == "full")
+
+    @property
+    def pattern(self) -> str:
+        """Index sharing as a string: a letter a layer with an index, F(ull) or S(hared)."""
+        return "".join(self.layers[i].index[0].upper() for i in self.indexed())
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.layers) != self.model.layers:
+            raise ValueError(f"{len(self.layers)} layers are planned, the model has {self.model.layers}")
+        full_below = False
+        for i, layer in enumerate(self.layers):
+            if layer.heads is not None and len(layer.heads) != self.model.heads:
+                raise ValueError(f"layer {i} plans {len(layer.heads)} heads, the model has {self.model.heads}")
+            if layer.local and self.window is None:
+                raise ValueError(f"layer {i} has local heads, but the plan has no window")
+            if layer.index == "none":
+                continue
+            if not layer.retrieval:
+                raise ValueError(f"layer {i} has an index, but no retrieval head")
+            if self.selector is None:
+                raise ValueError(f"layer {i} has an index, but the plan has no selector")
+            if layer.index == "shared":
+                if not full_below:
+                    raise ValueError(f"layer {i} shares an index, but no layer below it has one of its own")
+                if self.selector.scope != "layer":
+                    raise ValueError("shared layers need the selector's scope to be 'layer'")
+            full_below |= layer.index == "full"
+        return self
+
+
+def first_error(error: ValidationError) -> str:
+    """One line for pydantic's first complaint: where and what."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    what = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
