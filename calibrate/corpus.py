@@ -31,9 +31,7 @@ from sparsec.errors import CalibrationError, UsageError
 BUILTIN = "builtin"
 TEXT_FORMATS = (".txt", ".md", ".rst")
 FORMATS = (*TEXT_FORMATS, ".jsonl", ".parquet")
-ACCEPTED = (
-    f"--calibration takes {', '.join(FORMATS)} files, folders of them, a Hub data set id or '{BUILTIN}'"
-)
+ACCEPTED = f"--calibration takes {', '.join(FORMATS)} files, folders of them, a Hub data set id or '{BUILTIN}'"
 # Calibration uses a few million tokens; beyond these limits reading and tokenizing only cost time and memory.
 MAX_CHARACTERS = 32_000_000
 MAX_DOCUMENTS = 100_000
@@ -118,9 +116,7 @@ def _corpus(spec: str, documents: Iterable[Document], made_of: str) -> Corpus:
 
 def _is_hub_id(spec: str) -> bool:
     """A mistyped file name is no Hub id: those end in no format of ours."""
-    return (
-        bool(HUB_ID.fullmatch(spec)) and Path(spec).suffix.lower() not in FORMATS and not os.path.exists(spec)
-    )
+    return bool(HUB_ID.fullmatch(spec)) and Path(spec).suffix.lower() not in FORMATS and not os.path.exists(spec)
 
 
 def _read_builtin() -> Iterator[Document]:
@@ -150,9 +146,7 @@ def _files_below(folder: Path) -> list[tuple[Path, str]]:
     files = [(folder.joinpath(*parts), _printable("/".join(parts))) for parts in sorted(found)]
     files = [(file, name) for file, name in files if file.is_file()]
     if not files:
-        raise CalibrationError(
-            f"the folder {folder} has no {', '.join(FORMATS)} file: put text there or name another"
-        )
+        raise CalibrationError(f"the folder {folder} has no {', '.join(FORMATS)} file: put text there or name another")
     return files
 
 
@@ -167,9 +161,7 @@ def _read_file(path: Path, name: str) -> Iterator[Document]:
                 empty = False
                 yield document
     except OSError as error:
-        raise CalibrationError(
-            f"cannot read {path}: {error.strerror or _line(error)}; make it readable"
-        ) from None
+        raise CalibrationError(f"cannot read {path}: {error.strerror or _line(error)}; make it readable") from None
     if empty:
         raise CalibrationError(f"{path} has no text in it: put text there or leave the file out")
 
@@ -220,13 +212,11 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document]:
                     number += 1
                     yield Document(f"{name}:{number}", _text_of({column: value}, f"{path}, row {number}"))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"{path} cannot be read as Parquet: {_line(error)}; write the file again"
-        ) from None
+        raise CalibrationError(f"{path} cannot be read as Parquet: {_line(error)}; write the file again") from None
 
 
 def _read_hub(spec: str, revision: str | None) -> tuple[Iterator[Document], str]:
-    """The documents of a Hub data set, streamed, and what they are: the commit is looked up for the record."""
+    """The documents of a Hub data set, streamed, and what they are; the commit is part of it."""
     try:
         import datasets
         from huggingface_hub import HfApi
@@ -237,7 +227,8 @@ def _read_hub(spec: str, revision: str | None) -> tuple[Iterator[Document], str]
 
     def failed(error: Exception) -> CalibrationError:
         return CalibrationError(
-            f"no file or folder {spec!r}, and no readable Hub data set: {type(error).__name__}: {_line(error)}; "
+            f"{spec!r} is no file or folder, and no readable Hub data set "
+            f"({type(error).__name__}: {_line(error)}): "
             "check the name and the network, or download its files and name their folder"
         )
 
@@ -271,12 +262,8 @@ def _text_of(row: object, where: str) -> str:
     elif "messages" in row:
         messages = row["messages"] or []
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise CalibrationError(
-                f'{where}: \'messages\' is no list of {{"role", "content"}} objects: make it one'
-            )
-        contents = [
-            message.get("content") for message in messages
-        ]  # a message that only calls a tool has none
+            raise CalibrationError(f'{where}: \'messages\' is no list of {{"role", "content"}} objects: make it one')
+        contents = [message.get("content") for message in messages]  # a message that only calls a tool has none
         if not all(isinstance(content, str | None) for content in contents):
             raise CalibrationError(f"{where}: a message's 'content' is no string: write its text there")
         text = "\n\n".join(content for content in contents if content)
@@ -285,9 +272,7 @@ def _text_of(row: object, where: str) -> str:
             f"{where} has neither 'text' nor 'messages', only {_names(row)}: rename the text's field"
         )
     if not isinstance(text, str):
-        raise CalibrationError(
-            f"{where}: 'text' is {type(text).__name__}, not a string: write its text there"
-        )
+        raise CalibrationError(f"{where}: 'text' is {type(text).__name__}, not a string: write its text there")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

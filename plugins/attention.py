@@ -154,8 +154,7 @@ def _local(
     store = rt.cache.local if rt.cache is not None else None
     heads = torch.searchsorted(rt.local_kv, rt.evicted // rt.plan.model.group)
     if store is not None and step.commit and rows == 1 and store.write_one(k, v, q_pos):
-        assert store.keys is not None and store.values is not None and store.pos is not None
-        keys, values, k_pos = store.keys, store.values, store.pos
+        keys, values, k_pos = store.stored()
     else:
         keys, values, k_pos = (k, v, q_pos) if store is None else store.joined(k, v, q_pos)
         if store is not None and step.commit:
@@ -209,7 +208,14 @@ def _as_selector_sees(rt: LayerRuntime, x: Tensor) -> Tensor:
 
 
 def _selected(
-    rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, pos: Tensor, scale: float
+    rt: LayerRuntime,
+    step: Step,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor | None,
+    pos: Tensor,
+    scale: float,
 ) -> Tensor:
     """Decode rows of retrieval heads: choose keys (or read a shared choice), attend to those exactly."""
     plan, rows = rt.plan, q.shape[2]

@@ -34,11 +34,17 @@ class LocalStore:
         self.pos: Tensor | None = None  # [batch, slots] token numbers, -1: empty or padding
         self.ring = False  # slots follow the ring's order, not time
 
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is stored, in no order of time: keys, values, token numbers."""
+        if self.keys is None or self.values is None or self.pos is None:
+            raise ValueError("nothing is stored yet")
+        return self.keys, self.values, self.pos
+
     def joined(self, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is stored and the new tokens, in order of time: keys, values, token numbers. Nothing is stored."""
-        if self.keys is None or self.values is None or self.pos is None:
+        if self.keys is None:
             return k, v, pos
-        keys, values, old = self.keys, self.values, self.pos
+        keys, values, old = self.stored()
         if self.ring:
             old, order = old.sort(dim=-1, stable=True)
             keys, values = _take(keys, order), _take(values, order)
@@ -46,13 +52,14 @@ class LocalStore:
 
     def write_one(self, k: Tensor, v: Tensor, pos: Tensor) -> bool:
         """Overwrite the slot of the one oldest token of each row; False if this is not a full ring yet."""
-        if not self.ring or self.keys is None or self.values is None or self.pos is None or bool((pos < 0).any()):
+        if not self.ring or bool((pos < 0).any()):
             return False
+        keys, values, old = self.stored()
         slot = self._slot(pos)  # [batch, 1]
-        at = slot[:, None, :, None]
-        self.keys.scatter_(2, at.expand(-1, *k.shape[1:2], 1, k.shape[3]), k)
-        self.values.scatter_(2, at.expand(-1, *v.shape[1:2], 1, v.shape[3]), v)
-        self.pos.scatter_(1, slot, pos)
+        at = slot[:, None, :, None].expand(k.shape)
+        keys.scatter_(2, at, k)
+        values.scatter_(2, at, v)
+        old.scatter_(1, slot, pos)
         return True
 
     def store(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
@@ -78,7 +85,7 @@ class LocalStore:
         return torch.where(pos < sinks, pos, sinks + (pos - sinks) % size)
 
 
-class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
+class SparseLayer(CacheLayerMixin):
     """One layer's cache. The attention function reads and writes it; ``update`` only passes the new tokens on."""
 
     def __init__(self, window: Window | None, min_context: int) -> None:
@@ -135,13 +142,17 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, max_length: int) -> None:
         """Evicted tokens cannot come back."""
         raise ValueError(
-            "a sparsec cache cannot be cropped, its local heads have forgotten: run assisted decoding on the dense model"
+            "a sparsec cache cannot be cropped, local heads have forgotten: run assisted decoding on the dense model"
         )
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {"full_keys": self.full_keys, "full_values": self.full_values, "index_keys": self.index_keys}
         if self.local is not None:
-            found |= {"local.keys": self.local.keys, "local.values": self.local.values, "local.pos": self.local.pos}
+            found |= {
+                "local.keys": self.local.keys,
+                "local.values": self.local.values,
+                "local.pos": self.local.pos,
+            }
         return {name: t for name, t in found.items() if t is not None}
 
     def _map(self, change: Any) -> None:

@@ -211,8 +211,8 @@ def indexer_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"model.layers.{i}.self_attn.indexer.{name}": tensor
         for i, module in enumerate(attention_modules(model))
-        if hasattr(module, "indexer")
-        for name, tensor in module.indexer.state_dict().items()
+        if isinstance(indexer := getattr(module, "indexer", None), Indexer)
+        for name, tensor in indexer.state_dict().items()
     }
 
 
@@ -243,7 +243,7 @@ def _begin_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return args, kwargs
 
 
-def _note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _note_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before each attention call: this call's rotary tables and this layer's cache."""
     runtime = module.sparsec
     runtime.rope = kwargs.get("position_embeddings")

@@ -60,7 +60,13 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def select(
-    scores: Tensor, q_pos: Tensor, k_pos: Tensor, selector: Selector, min_context: int, *, union: bool | None = None
+    scores: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    selector: Selector,
+    min_context: int,
+    *,
+    union: bool | None = None,
 ) -> Tensor:
     """The keys that each row keeps.
 

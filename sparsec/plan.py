@@ -63,7 +63,8 @@ class Selector(Strict):
     sinks: int = Field(ge=0, description="first tokens that are always kept")
     recent: int = Field(ge=0, description="latest tokens that are always kept, the current one included")
     scope: Literal["head", "layer"] = Field(
-        default="head", description="head: each retrieval head its own set; layer: their union, one set a layer"
+        default="head",
+        description="head: each retrieval head its own set; layer: their union, one set a layer",
     )
 
 
@@ -119,9 +120,8 @@ class Plan(Strict):
     @classmethod
     def dense(cls, model: ModelShape, producer: str, native: tuple[int, ...] = ()) -> Plan:
         """The plan of the unchanged model: every head retrieval, no index; ``native`` layers are left alone."""
-        heads: tuple[Literal[0, 1], ...] = (1,) * model.heads
-        layers = tuple(LayerPlan(heads=None if i in native else heads) for i in range(model.layers))
-        return cls(producer=producer, model=model, layers=layers)
+        layers = [{"heads": None if i in native else (1,) * model.heads} for i in range(model.layers)]
+        return cls.parse({"producer": producer, "model": model, "layers": layers})
 
     @classmethod
     def parse(cls, data: object) -> Plan:

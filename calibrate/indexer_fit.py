@@ -1,0 +1,205 @@
+"""Fits the rank-r projections of retrieval heads: a closed form, then forward KL on the true attention.
+
+Stage 1 of RTPurbo (arXiv 2605.16928): the backbone is frozen and L_proj = sum over heads of KL(a_full || a_proj),
+teacher first, over all causal keys. Rows are tiled, so memory is rows x length; nothing of size length x length exists.
+
+The initialisation is ours (the paper gives none). The true logits l(m, n) are approximated by q_m' M k_n. With second
+moments Cq, Ck (keys centred: a constant per row does not change a softmax) and G = E[l(m, n) q_m k_n'], least squares
+for independent q and k gives M = Cq^-1 G Ck^-1, and the best rank-r factor in that metric is the truncated SVD of
+Cq^-1/2 G Ck^-1/2. After RoPE l is itself bilinear and the form is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.calibrate.capture import Captured, capture
+from sparsec.calibrate.needles import NeedleDocument
+from sparsec.events import Event, Listener
+from sparsec.plan import Plan
+
+TILE = 64  # query rows at once
+
+
+@dataclass
+class LayerSample:
+    """One window, one layer: what the retrieval heads saw. Heads first, float32 (or the model's dtype on a GPU)."""
+
+    q: Tensor  # [heads, rows, head_dim] as attention sees them
+    k: Tensor  # [heads, keys, head_dim]
+    q_in: Tensor  # the same as the selector sees them: before or after RoPE
+    k_in: Tensor
+    rows: Tensor  # [rows] token numbers of the queries
+    scale: float
+
+
+Window = dict[int, LayerSample]  # by layer
+
+
+def text_rows(length: int, local: int, count: int, generator: torch.Generator) -> Tensor:
+    """Query rows of a text window, mostly beyond the local window: those below it say nothing about far selection."""
+    near = torch.randperm(min(local, length), generator=generator)[: count // 8]
+    far = torch.randperm(max(0, length - local), generator=generator)[: count - len(near)] + min(local, length)
+    return torch.cat((near, far)).sort().values
+
+
+def needle_rows(document: NeedleDocument, local: int, count: int, generator: torch.Generator) -> Tensor:
+    """The rows of the later needles, all of them, filled up with text rows: where retrieval heads do their work.
+
+    Plain text has few such rows, and projections that never saw one lose the needle (docs/passes/rtpurbo.md).
+    """
+    later = torch.cat([torch.arange(span.start, span.stop) for _, span in document.pairs])
+    rest = text_rows(len(document.tokens), local, max(0, count - len(later)), generator)
+    return torch.tensor(sorted({*later.tolist(), *rest.tolist()}))
+
+
+def sample_window(
+    model: Any, plan: Plan, heads: dict[int, tuple[int, ...]], tokens: Tensor, rows: Tensor, rope: str
+) -> Window:
+    """One dense forward over [length] token ids; what the retrieval heads of ``heads`` (by layer) see in ``rows``.
+
+    The rows are kept in random order, so that every tile of them is a fair sample.
+    """
+    sample: Window = {}
+
+    def note(seen: Captured) -> None:
+        chosen = heads.get(seen.layer)
+        if not chosen:
+            return
+        query = torch.tensor(chosen, device=seen.q.device)
+        kv, pick = query // plan.model.group, rows.to(seen.q.device)
+        q_in, k_in = seen.before_rope() if rope == "pre" else (seen.q, seen.k)
+        sample[seen.layer] = LayerSample(
+            seen.q[0, query][:, pick], seen.k[0, kv], q_in[0, query][:, pick], k_in[0, kv], pick, seen.scale
+        )
+
+    capture(model, tokens[None], note)
+    return sample
+
+
+def closed_form(samples: Sequence[LayerSample], rank: int) -> tuple[Tensor, Tensor]:
+    """Whitened SVD of the bilinear form: Wq, Wk, each [heads, rank, head_dim], float32."""
+    first = samples[0]
+    heads, _, dim = first.q_in.shape
+    device = first.q.device
+    cq = torch.zeros(heads, dim, dim, dtype=torch.float64, device=device)
+    ck, g = cq.clone(), cq.clone()
+    for sample in samples:
+        mean = sample.k_in.double().mean(1, keepdim=True)
+        k_in = sample.k_in.double() - mean
+        cq += torch.einsum("hmd,hme->hde", sample.q_in.double(), sample.q_in.double()) / sample.q_in.shape[1]
+        ck += torch.einsum("hnd,hne->hde", k_in, k_in) / k_in.shape[1]
+        for start in range(0, sample.q.shape[1], TILE):
+            rows = sample.rows[start : start + TILE]
+            logits, seen = _logits(sample, start)
+            count = seen.sum(-1, keepdim=True).clamp_min(1)
+            centred = (logits - (logits * seen).sum(-1, keepdim=True) / count) * seen / count
+            per_row = centred.double() @ k_in  # [heads, tile, head_dim]
+            g += torch.einsum("hmd,hme->hde", sample.q_in[:, start : start + len(rows)].double(), per_row) / len(
+                sample.rows
+            )
+    cq_back = _inverse_root(cq / len(samples))
+    ck_back = _inverse_root(ck / len(samples))
+    u, s, vh = torch.linalg.svd(cq_back @ (g / len(samples)) @ ck_back)
+    root = s[:, :rank].sqrt()[:, :, None]
+    wq = (root * u[:, :, :rank].transpose(-1, -2)) @ cq_back
+    wk = (root * vh[:, :rank]) @ ck_back
+    return wq.float(), wk.float()
+
+
+def kl(sample: LayerSample, wq: Tensor, wk: Tensor, start: int) -> Tensor:
+    """Forward KL of one tile of rows, summed over heads, mean over rows: sum_j p_j (log p_j - log softmax(s)_j)."""
+    logits, seen = _logits(sample, start)
+    log_p = logits.masked_fill(~seen, float("-inf")).log_softmax(-1)
+    zq = torch.einsum("hmd,hrd->hmr", sample.q_in[:, start : start + TILE].float(), wq)
+    zk = torch.einsum("hnd,hrd->hnr", sample.k_in.float(), wk)
+    log_s = (zq @ zk.transpose(-1, -2)).masked_fill(~seen, float("-inf")).log_softmax(-1)
+    gap = torch.where(seen, log_p - log_s, 0.0)
+    return (log_p.exp() * gap).sum(-1).sum(0).mean()
+
+
+def train(
+    windows: Sequence[Window],
+    weights: dict[int, tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    seed: int,
+    listen: Listener,
+) -> tuple[dict[int, tuple[Tensor, Tensor]], list[float]]:
+    """AdamW, linear warm-up, cosine, weight decay 0.01, gradient norm 1.0 (the paper's settings, fewer steps).
+
+    Keeps the weights with the lowest smoothed loss, so a run that diverges gives back the best it had.
+
+    Returns:
+        Wq, Wk by layer and the loss per head of every step.
+    """
+    parameters = {i: (wq.clone().requires_grad_(), wk.clone().requires_grad_()) for i, (wq, wk) in weights.items()}
+    flat = [w for pair in parameters.values() for w in pair]
+    heads = sum(pair[0].shape[0] for pair in parameters.values())
+    optimizer = torch.optim.AdamW(flat, lr=lr, weight_decay=0.01)
+    warm = max(1, steps // 6)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
+        ),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    best, best_loss, smooth = [w.detach().clone() for w in flat], math.inf, None
+    for step in range(steps):
+        window = windows[step % len(windows)]
+        total = 0.0
+        for i, sample in window.items():
+            tiles = max(1, sample.q.shape[1] // TILE)
+            start = int(torch.randint(tiles, (1,), generator=generator)) * TILE
+            loss = kl(sample, *parameters[i], start)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        losses.append(total / heads)
+        smooth = losses[-1] if smooth is None else 0.9 * smooth + 0.1 * losses[-1]
+        if math.isfinite(smooth) and smooth < best_loss and step >= min(len(windows), steps - 1):
+            best, best_loss = [w.detach().clone() for w in flat], smooth
+        torch.nn.utils.clip_grad_norm_(flat, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        listen(Event("train indexers", step + 1, steps))
+    pairs = iter(best)
+    return {i: (next(pairs), next(pairs)) for i in parameters}, losses
+
+
+@torch.no_grad()
+def mean_kl(windows: Sequence[Window], weights: dict[int, tuple[Tensor, Tensor]]) -> float:
+    """Mean forward KL a head over all sampled rows, in nats."""
+    total, tiles, heads = 0.0, 0, sum(pair[0].shape[0] for pair in weights.values())
+    for window in windows:
+        for i, sample in window.items():
+            starts = range(0, sample.q.shape[1], TILE)
+            total += sum(float(kl(sample, *weights[i], start)) for start in starts) / len(starts)
+        tiles += 1
+    return total / max(1, tiles) / max(1, heads)
+
+
+def _logits(sample: LayerSample, start: int) -> tuple[Tensor, Tensor]:
+    """True logits of a tile [heads, tile, keys] and which of them are causal [tile, keys]."""
+    q = sample.q[:, start : start + TILE].float()
+    logits = q @ sample.k.float().transpose(-1, -2) * sample.scale
+    rows = sample.rows[start : start + TILE]
+    seen = torch.arange(sample.k.shape[1], device=rows.device)[None] <= rows[:, None]
+    return logits, seen
+
+
+def _inverse_root(c: Tensor) -> Tensor:
+    """c^-1/2 of symmetric matrices; directions without data stay small."""
+    values, vectors = torch.linalg.eigh(c)
+    values = values.clamp_min(values.amax(-1, keepdim=True) * 1e-6)
+    root: Tensor = (vectors * values.rsqrt()[..., None, :]) @ vectors.transpose(-1, -2)
+    return root

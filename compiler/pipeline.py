@@ -1,0 +1,287 @@
+"""The order of a compile, on one page.
+
+source -> dense model, tokenizer -> calibration windows -> passes, each stored when done
+       -> artifact written aside -> gate on it as loaded afresh -> report -> renamed into place
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import sparsec
+from sparsec.calibrate.corpus import read_corpus
+from sparsec.calibrate.decode import SelectorStats, text_loss
+from sparsec.calibrate.splits import Calibration
+from sparsec.compiler.recipe import Gate, Recipe
+from sparsec.compiler.registry import make_passes
+from sparsec.compiler.source import Source, load_model, load_tokenizer, open_source, weight_files
+from sparsec.compiler.stages import Stages, code_digest, fingerprint, tensors_digest
+from sparsec.errors import ArtifactError, GateError
+from sparsec.events import Event, Listener, silent
+from sparsec.export.artifact import check_free, check_room, write_json, write_manifest, write_model, writing
+from sparsec.export.card import model_card
+from sparsec.export.report import render_report
+from sparsec.layout import CARD, MEASUREMENTS, REPORT
+from sparsec.passes.base import Pass, Program, lacks
+from sparsec.plan import PassRecord, Plan
+from sparsec.plugins.families import native_local_layers, shape_of
+from sparsec.plugins.load import load
+
+PRODUCER = f"sparsec {sparsec.__version__}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``sparsec compile`` was asked to do."""
+
+    source: str
+    out: Path
+    recipe: Recipe
+    cache_dir: Path
+    revision: str | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    force: bool = False
+    listen: Listener = field(default=silent, compare=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
+
+    plan: Plan
+    measurements: Mapping[str, Any]
+    out: Path
+    seconds: Mapping[str, float]  # by stage; 0 for one that was stored
+
+
+def compile_model(job: Job) -> Outcome:
+    """Run a job from source to artifact.
+
+    Raises:
+        SparsecError: anything that is wrong with source, text, recipe or output; GateError where the artifact is
+            worse than its gate allows: it is then kept as ``<out>.rejected``.
+    """
+    passes = make_passes(job.recipe.passes)
+    check_free(job.out, force=job.force)
+    source = open_source(job.source, revision=job.revision, cache_dir=job.cache_dir, progress=_say(job))
+    check_room(job.out, sum(file.stat().st_size for file in weight_files(source.path)))
+    tokenizer = load_tokenizer(source)
+    calibration = Calibration(read_corpus(job.recipe.calibration), tokenizer, seed=job.recipe.seed)
+    model = load_model(source, device=job.device, dtype=job.dtype)
+    compile_ = _Compile(job, source, model, calibration)
+
+    program = compile_.program
+    for each in passes:
+        program = compile_.run_pass(each, program)
+    dense = compile_.dense_loss(program.plan)
+
+    rejected = job.out.with_name(f"{job.out.name}.rejected")
+    verdict: dict[str, Any] = {"passed": False, "failures": []}
+    target = job.out
+    with writing(target, force=job.force) as aside:
+        write_model(aside, source.path, weight_files(source.path), program.plan, program.tensors)
+        verdict = compile_.judge(aside, program.plan, dense)
+        measurements = compile_.measurements(verdict)
+        manifest = compile_.manifest(passes)
+        write_json(aside / MEASUREMENTS, measurements)
+        (aside / REPORT).write_text(render_report(program.plan, measurements, manifest), encoding="utf-8")
+        (aside / CARD).write_text(model_card(program.plan, measurements, manifest), encoding="utf-8")
+        write_manifest(aside, manifest)
+        if not verdict["passed"]:
+            _replace(aside, rejected)
+            raise GateError(f"the gate failed: {'; '.join(verdict['failures'])}; the artifact is kept as {rejected}")
+    return Outcome(program.plan, measurements, job.out, compile_.seconds)
+
+
+class _Compile:
+    """State of one compile: the model, what is stored, what was measured."""
+
+    def __init__(self, job: Job, source: Source, model: Any, calibration: Calibration) -> None:
+        self.job = job
+        self.source = source
+        self.calibration = calibration
+        self.stages = Stages(job.cache_dir / "stages")
+        self.passes: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+        self.model: Any = model
+        native = native_local_layers(model.config)
+        plan = Plan.dense(shape_of(model.config), PRODUCER, native)
+        self.program = Program(model, plan, {}, job.recipe.seed, job.listen)
+
+    def run_pass(self, each: Pass, program: Program) -> Program:
+        """One pass, or its stored result."""
+        missing = lacks(program.plan, each.needs)
+        if missing:
+            raise ArtifactError(f"{each.name} needs {missing[0]}, which the passes before it did not leave")
+        config = each.model_dump(mode="json")
+        data, tensors = self._stage(
+            each.name,
+            lambda: _run(each, program, self.calibration),
+            plan=program.plan.to_json(),
+            tensors=tensors_digest(program.tensors),
+            config=config,
+            code=code_digest(each),
+        )
+        plan = Plan.parse(data["plan"])
+        record = PassRecord(name=each.name, config=config).model_dump(mode="json")
+        plan = plan.edit(passes=[*(p.model_dump(mode="json") for p in program.plan.passes), record])
+        self.passes.append({"name": each.name, "tier": each.tier, "config": config, "measured": data["measured"]})
+        self.program = Program(program.model, plan, tensors, program.seed, program.listen)
+        return self.program
+
+    def dense_loss(self, plan: Plan) -> dict[str, Any]:
+        """What the gate compares with: stored, so that a resumed compile need not measure it again."""
+        windows, prompt = self._gate_windows(plan)
+
+        def measure() -> tuple[Any, dict[str, Tensor]]:
+            loss = text_loss(
+                self.model,
+                self.calibration.tokenizer,
+                windows,
+                prompt,
+                listen=self.job.listen,
+                stage="measure dense",
+            )
+            return loss.to_json(), {}
+
+        return dict(
+            self._stage(
+                "measure dense",
+                measure,
+                windows=[window.tolist() for window in windows],
+                prompt=prompt,
+                code=code_digest(),
+            )[0]
+        )
+
+    def judge(self, aside: Path, plan: Plan, dense: Mapping[str, Any]) -> dict[str, Any]:
+        """The gate: held-out bits per byte and mass recall of the artifact as loaded afresh from the disk."""
+        gate, job = self.job.recipe.gate, self.job
+        windows, prompt = self._gate_windows(plan)
+        began = time.monotonic()
+        self.model = None  # one model in memory at a time
+        self.program = Program(None, plan, {})
+        model, tokenizer = load(aside, device=job.device, dtype=job.dtype)
+        stats = SelectorStats()
+        loss = text_loss(model, tokenizer, windows, prompt, observe=stats, listen=job.listen, stage="gate")
+        self.seconds["gate"] = time.monotonic() - began
+        return verdict(gate, dense, loss.to_json(), stats.summary()) | {
+            "context": len(windows[0]),
+            "decode_rows": len(windows[0]) - prompt,
+            "windows": len(windows),
+        }
+
+    def measurements(self, gate: Mapping[str, Any]) -> dict[str, Any]:
+        """measurements.json: what was measured, on what, with which seeds."""
+        return {
+            "producer": PRODUCER,
+            "seed": self.job.recipe.seed,
+            "passes": self.passes,
+            "gate": dict(gate),
+            "calibration": self.calibration.describe(),
+        }
+
+    def manifest(self, passes: list[Pass]) -> dict[str, Any]:
+        """manifest.json without the files: how the artifact was made."""
+        resolved = {each.name: each.model_dump(mode="json") for each in passes}
+        return {
+            "producer": PRODUCER,
+            "source": {
+                "spec": self.source.spec,
+                "kind": self.source.kind,
+                "revision": self.source.revision,
+                "digest": self.source.digest,
+                "license": self.source.license,
+                "base_model": self.source.base_model,
+            },
+            "recipe": self.job.recipe.model_copy(update={"passes": resolved}).model_dump(mode="json"),
+            "calibration": self.calibration.digest,
+            "device": self.job.device,
+            "dtype": self.job.dtype,
+            "versions": {
+                "sparsec": sparsec.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def _gate_windows(self, plan: Plan) -> tuple[list[Tensor], int]:
+        gate = self.job.recipe.gate
+        size = plan.window.size if plan.window else 512
+        length = gate.context or 4 * size
+        windows = self.calibration.windows("heldout", length, gate.windows, seed=self.job.recipe.seed)
+        return list(windows), length - min(gate.rows, length // 2)
+
+    def _stage(self, name: str, run: Any, **inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+        key = fingerprint(
+            stage=name,
+            source=self.source.digest,
+            calibration=self.calibration.digest,
+            seed=self.job.recipe.seed,
+            device=self.job.device.partition(":")[0],
+            dtype=self.job.dtype,
+            torch=torch.__version__,
+            **inputs,
+        )
+        stored = self.stages.load(key)
+        if stored is not None:
+            self.job.listen(Event(name, 1, 1, "stored result"))
+            self.seconds[name] = 0.0
+            return stored
+        began = time.monotonic()
+        data, tensors = run()
+        self.stages.store(key, data, tensors)
+        self.seconds[name] = time.monotonic() - began
+        return data, tensors
+
+
+def verdict(
+    gate: Gate, dense: Mapping[str, Any], found: Mapping[str, Any], selector: Mapping[str, float]
+) -> dict[str, Any]:
+    """What was found, what was allowed, and every way in which it failed."""
+    loss = found["bits_per_byte"] / dense["bits_per_byte"] - 1
+    failures = []
+    if not loss <= gate.max_loss:
+        failures.append(f"bits per byte rose by {loss:.2%}, {gate.max_loss:.2%} is allowed")
+    if selector and not selector["recall_mean"] >= gate.min_recall:
+        failures.append(
+            f"selectors find {selector['recall_mean']:.1%} of the attention mass, {gate.min_recall:.1%} is the least"
+        )
+    return {
+        "passed": not failures,
+        "failures": failures,
+        "loss": loss,
+        "dense": dict(dense),
+        "artifact": dict(found),
+        "selector": dict(selector),
+        "allowed": {"max_loss": gate.max_loss, "min_recall": gate.min_recall},
+    }
+
+
+def _run(each: Pass, program: Program, calibration: Calibration) -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(program.seed)
+    result = each.run(program, calibration)
+    return {"plan": result.plan.to_json(), "measured": dict(result.measured)}, dict(result.tensors)
+
+
+def _replace(aside: Path, place: Path) -> None:
+    """Keep a rejected artifact under another name; an older rejected one makes room."""
+    import shutil
+
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(aside, place)
+
+
+def _say(job: Job) -> Any:
+    return lambda note: job.listen(Event("open source", note=note))

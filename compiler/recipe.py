@@ -1,0 +1,102 @@
+"""The recipe: everything that decides a compile's result, beside the source. YAML in, YAML out.
+
+    passes:
+      rtpurbo: {ratio: 0.15}
+      indexcache: {keep: 0.25}
+    calibration: builtin
+    seed: 0
+    gate: {max_loss: 0.05}
+
+Every artifact carries the recipe it was made with (``sparsec inspect ARTIFACT --recipe``), options spelled out; it
+gives the same plan again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from sparsec.compiler.registry import suggest
+from sparsec.errors import UsageError
+from sparsec.plan import Strict, first_error
+
+
+class Gate(Strict):
+    """Held-out quality that an artifact must have, measured on it as loaded afresh."""
+
+    max_loss: float = Field(
+        default=0.05, ge=0, description="bits per byte above dense, as a share, in the decode regime"
+    )
+    min_recall: float = Field(default=0.85, ge=0, le=1, description="true attention mass that selectors find, mean")
+    windows: int = Field(default=1, ge=1, description="held-out windows")
+    context: int | None = Field(default=None, ge=64, description="tokens each; null: 4 local windows")
+    rows: int = Field(default=512, ge=16, description="decode rows of each; the rest is the prompt")
+
+
+class Recipe(Strict):
+    """What ``sparsec compile`` does to a source."""
+
+    passes: dict[str, dict[str, Any]] = Field(min_length=1)
+    calibration: str = Field(default="builtin", description="file, folder, Hub data set or 'builtin'")
+    seed: int = Field(default=0, ge=0)
+    gate: Gate = Gate()
+
+    def to_yaml(self) -> str:
+        """The recipe as a file."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe file as data, checked for its shape when merged with the command line.
+
+    Raises:
+        UsageError: the file is missing, no YAML, or has unknown keys.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"the recipe {path} must be a mapping with the key 'passes'")
+    for key in data:
+        if key not in Recipe.model_fields:
+            raise UsageError(
+                f"the recipe {path} has an unknown key {key!r}: {suggest(str(key), list(Recipe.model_fields))}"
+            )
+    if isinstance(data.get("passes"), dict):
+        data["passes"] = {name: options or {} for name, options in data["passes"].items()}
+    return data
+
+
+def make_recipe(data: dict[str, Any]) -> Recipe:
+    """Validate.
+
+    Raises:
+        UsageError: naming the first field that is wrong.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"recipe: {first_error(error)}") from None
+
+
+def parse_setting(text: str) -> tuple[str, str, Any]:
+    """``rtpurbo.ratio=0.2`` -> ('rtpurbo', 'ratio', 0.2). Values are YAML.
+
+    Raises:
+        UsageError: not of that form.
+    """
+    target, equals, value = text.partition("=")
+    owner, dot, option = target.partition(".")
+    if not (equals and dot and owner and option):
+        raise UsageError(f"--set {text!r}: write pass.option=value, e.g. rtpurbo.ratio=0.2")
+    try:
+        return owner, option, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {text!r}: the value is not YAML") from None

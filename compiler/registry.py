@@ -1,0 +1,98 @@
+"""Which passes there are, and in which order the chosen ones run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import ValidationError
+
+from sparsec.errors import UsageError
+from sparsec.passes.base import Pass
+from sparsec.plan import first_error
+
+GROUP = "sparsec.passes"
+
+
+def known_passes() -> dict[str, type[Pass]]:
+    """Every installed pass by name: ours and third parties', from the entry-point group ``sparsec.passes``.
+
+    Raises:
+        UsageError: a third party's pass cannot be imported or is none.
+    """
+    found: dict[str, type[Pass]] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        try:
+            loaded = entry.load()
+        except Exception as error:
+            raise UsageError(
+                f"the pass {entry.name!r} ({entry.value}) cannot be imported: {error}; uninstall it"
+            ) from None
+        if not (isinstance(loaded, type) and issubclass(loaded, Pass) and loaded.name == entry.name):
+            raise UsageError(f"{entry.value} is no pass named {entry.name!r}: uninstall it")
+        found[entry.name] = loaded
+    return found
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)``, or the known words where none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def make_passes(configs: Mapping[str, Mapping[str, Any]]) -> list[Pass]:
+    """Configured passes in the order they run.
+
+    Args:
+        configs: options by pass name.
+
+    Raises:
+        UsageError: unknown pass or option, wrong value, conflict, or an order that cannot hold.
+    """
+    known = known_passes()
+    made: list[Pass] = []
+    for name, options in configs.items():
+        if name not in known:
+            raise UsageError(f"there is no pass {name!r}: {suggest(name, list(known))}")
+        made.append(make_pass(known[name], options))
+    return in_order(made)
+
+
+def make_pass(kind: type[Pass], options: Mapping[str, Any]) -> Pass:
+    """One pass with its options checked."""
+    fields = list(kind.model_fields)
+    for option in options:
+        if option not in fields:
+            raise UsageError(f"{kind.name} has no option {option!r}: {suggest(option, fields)}")
+    try:
+        return kind.model_validate(dict(options))
+    except ValidationError as error:
+        raise UsageError(f"{kind.name}.{first_error(error)}") from None
+
+
+def in_order(passes: Sequence[Pass]) -> list[Pass]:
+    """Stable topological order by ``after``; then every need must be met by a pass before it."""
+    names = {each.name for each in passes}
+    for each in passes:
+        for other in each.conflicts:
+            if other in names:
+                raise UsageError(f"{each.name} and {other} exclude each other: drop one")
+    waiting, done = list(passes), []
+    while waiting:
+        ready = next((p for p in waiting if not any(w.name in p.after for w in waiting)), None)
+        if ready is None:
+            raise UsageError(f"these passes each want to run after another: {', '.join(p.name for p in waiting)}")
+        waiting.remove(ready)
+        done.append(ready)
+    have: set[str] = set()
+    for each in done:
+        for need in each.needs:
+            if need not in have:
+                givers = [
+                    name for name, kind in known_passes().items() if need in kind.gives and need not in kind.needs
+                ]
+                raise UsageError(f"{each.name} needs {need}: add one of {', '.join(givers)} to --passes")
+        have |= set(each.gives)
+    return done

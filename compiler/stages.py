@@ -1,0 +1,98 @@
+"""Stored stage results: a killed compile continues, a changed input recomputes, and nothing else.
+
+A stage's fingerprint is a sha256 over everything that its result depends on. Results are written aside and renamed, so
+what is there is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+import sparsec
+from sparsec.layout import read_json
+from sparsec.plugins.auto import read_tensors
+
+
+class Stages:
+    """Results by fingerprint below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, fingerprint: str) -> tuple[Any, dict[str, Tensor]] | None:
+        """JSON data and tensors of a stage that was stored, or None."""
+        place = self.folder / fingerprint
+        if not place.is_dir():
+            return None
+        return read_json(place / "result.json"), read_tensors(place / "tensors.safetensors")
+
+    def store(self, fingerprint: str, data: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a result. Two writers of one fingerprint have the same result, so the first may win."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
+        try:
+            (aside / "result.json").write_text(json.dumps(data), encoding="utf-8")
+            save_file({name: t.contiguous() for name, t in tensors.items()}, aside / "tensors.safetensors")
+            for file in aside.iterdir():
+                fsync(file)
+            try:
+                aside.rename(self.folder / fingerprint)
+            except OSError:
+                if not (self.folder / fingerprint).is_dir():
+                    raise
+            fsync(self.folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def fingerprint(**inputs: Any) -> str:
+    """sha256 over named inputs (JSON data)."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def code_digest(*owners: object) -> str:
+    """sha256 over the sources that decide results: passes, calibration, runtime, and what defines ``owners``."""
+    root = {Path(module.__file__ or "").parent for module in _result_makers()}
+    files = {file for folder in root for file in folder.glob("*.py")}
+    files |= {Path(inspect.getfile(type(owner))) for owner in owners}
+    digest = hashlib.sha256(sparsec.__version__.encode())
+    for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _result_makers() -> list[Any]:
+    import sparsec.calibrate
+    import sparsec.passes
+    import sparsec.plugins
+
+    return [sparsec.passes, sparsec.calibrate, sparsec.plugins]
+
+
+def fsync(path: Path) -> None:
+    """Push a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,84 @@
+"""The pass contract: a frozen, typed configuration and ``run(program, calibration) -> PassResult``.
+
+A pass measures, decides and perhaps trains. It never touches the command line, progress bars or the disk; the pipeline
+orders, validates and caches it. docs/passes.md shows how to add one.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from sparsec.calibrate.splits import Calibration
+from sparsec.events import Listener, silent
+from sparsec.plan import Plan, Strict
+
+Tier = Literal["training-free", "minutes", "hours"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A dense model, its plan so far and the tensors that the plan added."""
+
+    model: Any  # a Transformers causal-LM model: dense weights, no plan installed
+    plan: Plan
+    tensors: Mapping[str, Tensor]  # by artifact name, float32, on the CPU
+    seed: int = 0
+    listen: Listener = field(default=silent, compare=False)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The program after the pass, and what the pass measured (JSON data; it goes to measurements.json)."""
+
+    plan: Plan
+    tensors: Mapping[str, Tensor]
+    measured: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a pass expects to spend, for ``--dry-run``."""
+
+    tokens: int  # token-forwards through the whole model
+    resident: int = 0  # bytes held beside the weights
+
+
+class Pass(Strict):
+    """Base of all passes. The fields are its configuration; an unknown one is an error."""
+
+    name: ClassVar[str]
+    tier: ClassVar[Tier]
+    summary: ClassVar[str]
+    source: ClassVar[str]  # the paper
+    after: ClassVar[tuple[str, ...]] = ()  # passes that run earlier if they run at all
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ()  # what the plan must have
+    gives: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ()  # what the plan has afterwards
+
+    @abstractmethod
+    def run(self, program: Program, calibration: Calibration) -> PassResult:
+        """Do it.
+
+        Raises:
+            CalibrationError: the text does not suffice.
+            PlanError: the plan lacks what the pass needs.
+        """
+
+    @abstractmethod
+    def cost(self, plan: Plan, max_positions: int) -> Cost:
+        """Expected cost on a model of this shape; max_positions is the longest context it reads."""
+
+
+def lacks(plan: Plan, needs: tuple[str, ...]) -> list[str]:
+    """What of ``needs`` the plan does not have."""
+    have = set()
+    if any(layer.local for layer in plan.layers):
+        have.add("heads")
+    if plan.indexed():
+        have.add("indexers")
+    return [need for need in needs if need not in have]
