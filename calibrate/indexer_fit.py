@@ -1,7 +1,9 @@
 """Fits the rank-r projections of retrieval heads: a closed form, then forward KL on the true attention.
 
 Stage 1 of RTPurbo (arXiv 2605.16928): the backbone is frozen and L_proj = sum over heads of KL(a_full || a_proj),
-teacher first, over all causal keys. Rows are tiled, so memory is rows x length; nothing of size length x length exists.
+teacher first, over all causal keys. Keys that the plan forces in anyway (sinks, most recent) can be counted as one
+outcome, ``lump``: their total mass is still fitted, but no rank is spent on telling them apart (ours; before RoPE a
+bilinear score cannot even express recency). Rows are tiled, so memory is rows x length; nothing of size length x length exists.
 
 The initialisation is ours (the paper gives none). The true logits l(m, n) are approximated by q_m' M k_n. With second
 moments Cq, Ck (keys centred: a constant per row does not change a softmax) and G = E[l(m, n) q_m k_n'], least squares
@@ -25,6 +27,20 @@ from sparsec.events import Event, Listener
 from sparsec.plan import Plan
 
 TILE = 64  # query rows at once
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Keys that every selection keeps: the first ``sinks`` and the last ``recent``, the row's own included."""
+
+    sinks: int
+    recent: int
+    lump: bool = True
+
+    def mask(self, rows: Tensor, keys: int) -> Tensor:
+        """bool [rows, keys]."""
+        at = torch.arange(keys, device=rows.device)[None]
+        return (at < self.sinks) | (rows[:, None] - at < self.recent)
 
 
 @dataclass
@@ -83,7 +99,7 @@ def sample_window(
     return sample
 
 
-def closed_form(samples: Sequence[LayerSample], rank: int) -> tuple[Tensor, Tensor]:
+def closed_form(samples: Sequence[LayerSample], rank: int, forced: Forced) -> tuple[Tensor, Tensor]:
     """Whitened SVD of the bilinear form: Wq, Wk, each [heads, rank, head_dim], float32."""
     first = samples[0]
     heads, _, dim = first.q_in.shape
@@ -98,6 +114,8 @@ def closed_form(samples: Sequence[LayerSample], rank: int) -> tuple[Tensor, Tens
         for start in range(0, sample.q.shape[1], TILE):
             rows = sample.rows[start : start + TILE]
             logits, seen = _logits(sample, start)
+            if forced.lump:
+                seen = seen & ~forced.mask(rows, seen.shape[-1])
             count = seen.sum(-1, keepdim=True).clamp_min(1)
             centred = (logits - (logits * seen).sum(-1, keepdim=True) / count) * seen / count
             per_row = centred.double() @ k_in  # [heads, tile, head_dim]
@@ -113,21 +131,26 @@ def closed_form(samples: Sequence[LayerSample], rank: int) -> tuple[Tensor, Tens
     return wq.float(), wk.float()
 
 
-def kl(sample: LayerSample, wq: Tensor, wk: Tensor, start: int) -> Tensor:
+def kl(sample: LayerSample, wq: Tensor, wk: Tensor, start: int, forced: Forced) -> Tensor:
     """Forward KL of one tile of rows, summed over heads, mean over rows: sum_j p_j (log p_j - log softmax(s)_j)."""
     logits, seen = _logits(sample, start)
     log_p = logits.masked_fill(~seen, float("-inf")).log_softmax(-1)
     zq = torch.einsum("hmd,hrd->hmr", sample.q_in[:, start : start + TILE].float(), wq)
     zk = torch.einsum("hnd,hrd->hnr", sample.k_in.float(), wk)
     log_s = (zq @ zk.transpose(-1, -2)).masked_fill(~seen, float("-inf")).log_softmax(-1)
-    gap = torch.where(seen, log_p - log_s, 0.0)
-    return (log_p.exp() * gap).sum(-1).sum(0).mean()
+    each = torch.where(seen, log_p.exp() * (log_p - log_s).nan_to_num(0.0), 0.0)
+    if not forced.lump:
+        return each.sum(-1).sum(0).mean()
+    lumped = forced.mask(sample.rows[start : start + TILE], seen.shape[-1])
+    log_p, log_s = (x.masked_fill(~lumped, float("-inf")).logsumexp(-1) for x in (log_p, log_s))
+    return (each.masked_fill(lumped, 0.0).sum(-1) + log_p.exp() * (log_p - log_s)).sum(0).mean()
 
 
 def train(
     windows: Sequence[Window],
     weights: dict[int, tuple[Tensor, Tensor]],
     *,
+    forced: Forced,
     steps: int,
     lr: float,
     seed: int,
@@ -160,7 +183,7 @@ def train(
         for i, sample in window.items():
             tiles = max(1, sample.q.shape[1] // TILE)
             start = int(torch.randint(tiles, (1,), generator=generator)) * TILE
-            loss = kl(sample, *parameters[i], start)
+            loss = kl(sample, *parameters[i], start, forced)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         losses.append(total / heads)
@@ -177,13 +200,13 @@ def train(
 
 
 @torch.no_grad()
-def mean_kl(windows: Sequence[Window], weights: dict[int, tuple[Tensor, Tensor]]) -> float:
+def mean_kl(windows: Sequence[Window], weights: dict[int, tuple[Tensor, Tensor]], forced: Forced) -> float:
     """Mean forward KL a head over all sampled rows, in nats."""
     total, tiles, heads = 0.0, 0, sum(pair[0].shape[0] for pair in weights.values())
     for window in windows:
         for i, sample in window.items():
             starts = range(0, sample.q.shape[1], TILE)
-            total += sum(float(kl(sample, *weights[i], start)) for start in starts) / len(starts)
+            total += sum(float(kl(sample, *weights[i], start, forced)) for start in starts) / len(starts)
         tiles += 1
     return total / max(1, tiles) / max(1, heads)
 

@@ -45,6 +45,8 @@ class IndexCache(Pass):
     rows: int = Field(default=256, ge=16, description="decode rows of each, the last ones; the rest is the prompt")
     windows: int = Field(default=2, ge=1, description="search windows of text, fixed for the whole search")
     documents: int = Field(default=2, ge=0, description="needle documents searched on beside them (ours)")
+    needles: int = Field(default=4, ge=1, description="needles a document")
+    needle_words: int = Field(default=24, ge=4, description="words a needle")
     reuse: bool = Field(default=True, description="start candidates at the flipped layer; false: the plain search")
 
     @field_validator("keep", "max_loss", mode="before")
@@ -141,8 +143,8 @@ class IndexCache(Pass):
             length=length,
             window=plan.window.size if plan.window else length // 4,
             sinks=plan.window.sinks if plan.window else 4,
-            needles_per_document=4,
-            words=24,
+            needles_per_document=self.needles,
+            words=self.needle_words,
             seed=seed,
         )
         return texts + [document.tokens for document in documents]

@@ -18,8 +18,16 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsec.calibrate.decode import SelectorStats, decode_rows
+from sparsec.calibrate.indexer_fit import (
+    Forced,
+    closed_form,
+    mean_kl,
+    needle_rows,
+    sample_window,
+    text_rows,
+    train,
+)
 from sparsec.calibrate.indexer_fit import Window as SampledWindow
-from sparsec.calibrate.indexer_fit import closed_form, mean_kl, needle_rows, sample_window, text_rows, train
 from sparsec.calibrate.needles import NeedleDocument, needle_documents
 from sparsec.calibrate.retrieval_heads import copying_accuracy, needle_mass, stability, top_heads
 from sparsec.calibrate.splits import Calibration
@@ -50,7 +58,7 @@ class Rtpurbo(Pass):
     window: int | None = Field(default=None, ge=1, description="null: 1/16 of what the model reads, at most 8192")
     sinks: int = Field(default=4, ge=0, description="first tokens that local heads always see")
     min_context: int | None = Field(default=None, ge=0, description="dense up to here; null: window + sinks")
-    rank: int = Field(default=16, ge=1, le=256, description="rows of the projections; 16 fills a tensor-core tile")
+    rank: int = Field(default=16, ge=1, le=256, description="rows of the projections, at most head_dim; 16 fills a tensor-core tile")
     rope: Literal["pre", "post"] = Field(default="pre", description="q and k before (the paper) or after RoPE")
     top_p: float = Field(default=0.9, gt=0, le=1, description="kept share of the selector's mass")
     select: Literal["token", "block"] = Field(default="token", description="granularity of the selection")
@@ -60,6 +68,9 @@ class Rtpurbo(Pass):
     documents: int = Field(default=8, ge=2, description="documents that needles are hidden in")
     needles: int = Field(default=4, ge=1, description="needles a document")
     needle_words: int = Field(default=24, ge=4, description="words a needle")
+    target: Literal["lumped", "all"] = Field(
+        default="lumped", description="stage-1 target: forced tokens as one outcome (ours), or each by itself (paper)"
+    )
     windows: int = Field(default=6, ge=1, description="text windows, and as many needle documents, of stage 1")
     rows: int = Field(default=512, ge=64, description="query rows sampled from each")
     steps: int = Field(default=600, ge=0, description="stage-1 steps of 64 rows (the paper: 600 of one sequence each)")
@@ -87,16 +98,19 @@ class Rtpurbo(Pass):
 
         split = self._split(plan, heads, window)
         samples = self._samples(program, calibration, split, heads, context, window)
+        forced = Forced(self.sinks, self.forced_recent, lump=self.target == "lumped")
         weights = {}
         for layer in tracked(list(heads), "closed form", listen, len(heads)):
-            weights[layer] = closed_form([sample[layer] for sample in samples], self.rank)
-        before = mean_kl(samples, weights)
+            weights[layer] = closed_form([sample[layer] for sample in samples], self.rank, forced)
+        before = mean_kl(samples, weights, forced)
         losses: list[float] = []
         if self.steps:
-            weights, losses = train(samples, weights, steps=self.steps, lr=self.lr, seed=program.seed, listen=listen)
+            weights, losses = train(
+                samples, weights, forced=forced, steps=self.steps, lr=self.lr, seed=program.seed, listen=listen
+            )
         measured["stage1"] = {
             "kl_closed_form": before,
-            "kl_trained": mean_kl(samples, weights),
+            "kl_trained": mean_kl(samples, weights, forced),
             "losses": [round(loss, 5) for loss in losses],
             "windows": self.windows,
             "needle_documents": self.windows,
@@ -180,7 +194,7 @@ class Rtpurbo(Pass):
             for i, layer in enumerate(plan.layers)
         ]
         selector = Selector(
-            rank=self.rank,
+            rank=min(self.rank, plan.model.head_dim),
             rope=self.rope,
             top_p=self.top_p,
             granularity=self.select,
