@@ -1,9 +1,10 @@
 """Fits the rank-r projections of retrieval heads: a closed form, then forward KL on the true attention.
 
 Stage 1 of RTPurbo (arXiv 2605.16928): the backbone is frozen and L_proj = sum over heads of KL(a_full || a_proj),
-teacher first, over all causal keys. Keys that the plan forces in anyway (sinks, most recent) can be counted as one
-outcome, ``lump``: their total mass is still fitted, but no rank is spent on telling them apart (ours; before RoPE a
-bilinear score cannot even express recency). Rows are tiled, so memory is rows x length; nothing of size length x length exists.
+teacher first, over all causal keys. Keys that the plan forces in anyway (sinks, most recent) can be
+counted as one outcome, ``lump``: their total mass is still fitted, but no rank is spent on telling them apart (ours;
+before RoPE a bilinear score cannot even express recency). Rows are tiled, so memory is rows x length; nothing of
+size length x length exists.
 
 The initialisation is ours (the paper gives none). The true logits l(m, n) are approximated by q_m' M k_n. With second
 moments Cq, Ck (keys centred: a constant per row does not change a softmax) and G = E[l(m, n) q_m k_n'], least squares

@@ -53,12 +53,14 @@ class Rtpurbo(Pass):
     ratio: float = Field(default=0.15, gt=0, lt=1, description="share of heads kept as retrieval heads")
     granularity: Literal["query_head", "kv_head"] = Field(
         default="query_head",
-        description="kv_head keeps or windows whole GQA groups, so that every local KV head is freed",
+        description="kv_head decides for whole GQA groups, so that every local KV head is freed",
     )
     window: int | None = Field(default=None, ge=1, description="null: 1/16 of what the model reads, at most 8192")
     sinks: int = Field(default=4, ge=0, description="first tokens that local heads always see")
     min_context: int | None = Field(default=None, ge=0, description="dense up to here; null: window + sinks")
-    rank: int = Field(default=16, ge=1, le=256, description="rows of the projections, at most head_dim; 16 fills a tensor-core tile")
+    rank: int = Field(
+        default=16, ge=1, le=256, description="rows of the projections, at most head_dim; 16 fills a tensor-core tile"
+    )
     rope: Literal["pre", "post"] = Field(default="pre", description="q and k before (the paper) or after RoPE")
     top_p: float = Field(default=0.9, gt=0, le=1, description="kept share of the selector's mass")
     select: Literal["token", "block"] = Field(default="token", description="granularity of the selection")

@@ -147,7 +147,7 @@ def reference(model: Any, plan: Plan, tensors: dict[str, Tensor], prompt: int) -
                 for h in range(q.shape[1]):
                     if h in layer.local:
                         near = (
-                            range(t + 1) if t + 1 <= plan.min_context else range(max(0, t - WINDOW_OF(plan) + 1), t + 1)
+                            range(t + 1) if t + 1 <= plan.min_context else range(max(0, t - window_of(plan) + 1), t + 1)
                         )
                         allowed = set(near) | set(range(min(plan.window.sinks, t + 1)))  # type: ignore[union-attr]
                     elif t >= prompt and layer.index != "none":
@@ -180,7 +180,7 @@ def reference(model: Any, plan: Plan, tensors: dict[str, Tensor], prompt: int) -
         model.set_attn_implementation(kind)
 
 
-def WINDOW_OF(plan: Plan) -> int:  # noqa: N802
+def window_of(plan: Plan) -> int:
     assert plan.window is not None
     return plan.window.size
 
@@ -458,9 +458,9 @@ def test_what_a_plan_cannot_run_is_refused_with_a_reason(model: Any, ids: Tensor
             model(ids, position_ids=torch.arange(30).repeat(2)[None], use_cache=False)
         with pytest.raises(ValueError, match="default cache"):
             model.generate(ids, max_new_tokens=2, cache_implementation="static")
+        cache = new_cache(model)
+        model(ids, past_key_values=cache)
         with pytest.raises(ValueError, match="cannot be cropped"):
-            cache = new_cache(model)
-            model(ids, past_key_values=cache)
             cache.crop(5)
     dense_cache = DynamicCache(config=model.config)
     model(ids, past_key_values=dense_cache)
