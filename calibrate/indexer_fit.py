@@ -77,11 +77,22 @@ def needle_rows(document: NeedleDocument, local: int, count: int, generator: tor
 
 
 def sample_window(
-    model: Any, plan: Plan, heads: dict[int, tuple[int, ...]], tokens: Tensor, rows: Tensor, rope: str
+    model: Any,
+    plan: Plan,
+    heads: dict[int, tuple[int, ...]],
+    tokens: Tensor,
+    rows: Tensor,
+    *,
+    rope: str,
+    mined: int,
+    forced: Forced,
+    generator: torch.Generator,
 ) -> Window:
-    """One dense forward over [length] token ids; what the retrieval heads of ``heads`` (by layer) see in ``rows``.
+    """One dense forward over [length] token ids; what the retrieval heads of ``heads`` (by layer) see.
 
-    The rows are kept in random order, so that every tile of them is a fair sample.
+    Kept are the given ``rows`` and, layer by layer, ``mined`` more: those in which a head gives one far key the most
+    weight. Such rows are rare in text, and losing their key costs most. All in random order, so that every tile of
+    rows is a fair sample.
     """
     sample: Window = {}
 
@@ -90,14 +101,27 @@ def sample_window(
         if not chosen:
             return
         query = torch.tensor(chosen, device=seen.q.device)
-        kv, pick = query // plan.model.group, rows.to(seen.q.device)
+        kv = query // plan.model.group
+        every = torch.arange(len(tokens), device=seen.q.device)
+        whole = LayerSample(seen.q[0, query], seen.k[0, kv], seen.q[0, query], seen.k[0, kv], every, seen.scale)
+        at = torch.cat((rows.to(every.device), _sharpest(whole, forced, mined))).unique().cpu()  # type: ignore[no-untyped-call]
+        at = at[torch.randperm(len(at), generator=generator)].to(every.device)
         q_in, k_in = seen.before_rope() if rope == "pre" else (seen.q, seen.k)
-        sample[seen.layer] = LayerSample(
-            seen.q[0, query][:, pick], seen.k[0, kv], q_in[0, query][:, pick], k_in[0, kv], pick, seen.scale
-        )
+        sample[seen.layer] = LayerSample(whole.q[:, at], whole.k, q_in[0, query][:, at], k_in[0, kv], at, seen.scale)
 
     capture(model, tokens[None], note)
     return sample
+
+
+def _sharpest(whole: LayerSample, forced: Forced, count: int) -> Tensor:
+    """The ``count`` rows in which some head gives one key that is not forced the largest weight."""
+    peaks = []
+    for start in range(0, len(whole.rows), TILE):
+        logits, seen = _logits(whole, start)
+        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+        far = seen & ~forced.mask(whole.rows[start : start + TILE], seen.shape[-1])
+        peaks.append((weights * far).amax((0, 2)))
+    return torch.cat(peaks).topk(min(count, len(whole.rows))).indices
 
 
 def closed_form(samples: Sequence[LayerSample], rank: int, forced: Forced) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsec.compiler.quiet import transformers_call
 from sparsec.errors import SourceError
+from sparsec.layout import PLAN_KEY
 
 # A tokenizer needs one of these; the rest of its files only add to it.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -46,6 +47,8 @@ def check_config(path: Path) -> None:
     """
     config = read_json(path / "config.json")
     _refuse_remote_code(path, config)
+    if PLAN_KEY in config:
+        raise SourceError(f"{path} already has a plan: compile the dense checkpoint it came from")
     if config.get("quantization_config"):
         quantised = config["quantization_config"]
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
@@ -81,11 +84,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def vocabulary_size(path: Path) -> int | None:
-    """Rows of the embedding that config.json promises; None where the model's configuration does not say.
+def load_config(path: Path) -> Any:
+    """Transformers' configuration of the checkpoint in folder ``path``.
 
     Raises:
-        SourceError: transformers cannot read the configuration.
+        SourceError: transformers cannot read it.
     """
     from transformers import AutoConfig
 
@@ -93,8 +96,12 @@ def vocabulary_size(path: Path) -> int | None:
         f"transformers cannot read {path / 'config.json'}",
         "update transformers, or name a checkpoint of a supported family",
     ):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        size: int | None = getattr(config.get_text_config(), "vocab_size", None)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+
+
+def vocabulary_size(path: Path) -> int | None:
+    """Rows of the embedding that config.json promises; None where the model's configuration does not say."""
+    size: int | None = getattr(load_config(path).get_text_config(), "vocab_size", None)
     return size
 
 

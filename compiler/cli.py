@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -31,7 +31,7 @@ def cache_dir() -> Path:
     """Where finished stages and unpacked sources are kept: SPARSEC_CACHE, else the user's cache folder."""
     named = os.environ.get("SPARSEC_CACHE")
     if named:
-        return Path(named)
+        return Path(named).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsec"
 
 
@@ -113,7 +113,10 @@ def compile_command(
     if dry_run:
         from sparsec.compiler.dry_run import expect
         from sparsec.compiler.source import open_source, weight_files
+        from sparsec.export.artifact import check_free
 
+        if out is not None:
+            check_free(out, force=force)
         opened = open_source(source, revision=revision, cache_dir=cache_dir())
         expected = expect(opened.path, weight_files(opened.path), ordered, device, f"sparsec {sparsec.__version__}")
         click.echo(json.dumps(expected, indent=2) if as_json else _expected_text(expected))
@@ -128,6 +131,7 @@ def compile_command(
     if as_json:
         result = {
             "out": str(out),
+            "plan": outcome.plan.digest,
             "seconds": dict(outcome.seconds),
             "gate": outcome.measurements["gate"],
             "pattern": outcome.plan.pattern,
@@ -206,14 +210,19 @@ def eval_command(
 ) -> None:
     """Measure ARTIFACT by decode semantics beside dense, window-only and the training-free head split."""
     from sparsec.calibrate.corpus import read_corpus
-    from sparsec.calibrate.evaluate import evaluate
+    from sparsec.calibrate.evaluate import SYSTEMS, evaluate
     from sparsec.calibrate.splits import Calibration
+    from sparsec.calibrate.tasks import TASKS
     from sparsec.compiler.draw import drawing
     from sparsec.compiler.explain import artifact_data, evaluation_text
     from sparsec.plugins.load import load
     from sparsec.plugins.runtime import indexer_tensors, uninstall
 
     wanted = _numbers(lengths)
+    chosen = _names("--systems", systems, list(SYSTEMS))
+    asked = _names("--tasks", tasks, list(TASKS))
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"-o {out}: there is no folder {out.absolute().parent}, make it or choose another place")
     data = artifact_data(artifact)
     model, tokenizer = load(artifact, device=device, dtype=dtype)
     plan = model.sparsec_plan
@@ -229,8 +238,8 @@ def eval_command(
             tensors,
             calibration,
             lengths=wanted,
-            systems=[name for name in systems.split(",") if name],
-            tasks=[name for name in tasks.split(",") if name],
+            systems=chosen,
+            tasks=asked,
             prompts_each=prompts,
             windows_each=windows,
             rows=rows,
@@ -242,6 +251,16 @@ def eval_command(
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(result, indent=2) if as_json else evaluation_text(result))
+
+
+def _names(option: str, text: str, known: list[str]) -> list[str]:
+    from sparsec.compiler.registry import suggest
+
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    for name in found:
+        if name not in known:
+            raise UsageError(f"{option} {name}: there is none of that name, {suggest(name, known)}")
+    return found
 
 
 def _numbers(text: str) -> list[int]:
@@ -275,7 +294,10 @@ def generate(
     """Answer PROMPT (standard input where it is left out) with ARTIFACT, greedily, tokens as they come."""
     from sparsec.compiler.answer import answer
 
-    text = sys.stdin.read() if prompt is None else prompt
+    try:
+        text = sys.stdin.read() if prompt is None else prompt
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not text ({error}): give the prompt in UTF-8") from None
     if not text.strip():
         raise UsageError("the prompt is empty: give it as an argument or on standard input")
     found = answer(
@@ -314,15 +336,26 @@ def main() -> None:
     """The console script."""
     try:
         cli.main(standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "sparsec"
+        _fail(f"{error.format_message().rstrip('.')}: see {command} --help", error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
     except SparsecError as error:
-        click.echo(f"sparsec: {error}", err=True)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("sparsec: stopped; the same command continues where it was", err=True)
-        sys.exit(STOPPED)
+        _fail("stopped; a compile continues where it was when it is called again", STOPPED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'} cannot be used ({error.strerror}): check the disk and the permissions", 1)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    """One line on standard error, whatever a library put into it, and the exit status."""
+    click.echo(f"sparsec: {' '.join(message.splitlines())}", err=True)
+    sys.exit(status)

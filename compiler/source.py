@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ __all__ = ["Source", "load_model", "load_tokenizer", "open_source", "weight_file
 
 DEMO = "demo"
 DEMO_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,10 @@ def load_model(source: Source, *, device: str = "cpu", dtype: str = "auto") -> P
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
-    device_map = _device_map(device)
+    from sparsec.plugins.device import check_dtype, device_map
+
+    check_dtype(dtype)
+    place = device_map(device)
     with transformers_call(
         f"transformers cannot load {source.path}",
         "check that it fits into this machine's memory, update transformers, or name another checkpoint",
@@ -128,7 +127,7 @@ def load_model(source: Source, *, device: str = "cpu", dtype: str = "auto") -> P
                 source.path,
                 config=config,
                 dtype=dtype,
-                device_map=device_map,
+                device_map=place,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -194,24 +193,3 @@ def _folder(named: Path) -> Path:
     if named.exists():
         raise SourceError(f"{named} is a file: name the folder that holds it, or a .gguf file")
     raise SourceError(f"there is no folder {named}: check the spelling (a model on the Hub is organisation/name)")
-
-
-def _device_map(device: str) -> str | dict[str, str] | None:
-    """What from_pretrained takes for ``device``.
-
-    Raises:
-        UsageError: no such device here.
-    """
-    import torch
-
-    if device in ("cpu", "auto"):
-        return None if device == "cpu" else "auto"
-    match = re.fullmatch(r"cuda(?::(\d+))?", device)
-    if match is None:
-        raise UsageError(f"unknown device {device!r}: use cpu, cuda, cuda:<number> or auto")
-    if not torch.cuda.is_available():
-        raise UsageError(f"device {device} needs a CUDA GPU and PyTorch built for it, and there is none: use cpu")
-    count = torch.cuda.device_count()
-    if int(match[1] or 0) >= count:
-        raise UsageError(f"device {device} is not here, the GPUs are cuda:0 to cuda:{count - 1}: name one of those")
-    return {"": device}

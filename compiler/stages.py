@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 import sparsec
+from sparsec.errors import ArtifactError
+from sparsec.export.aside import filling, sync, sync_folder
 from sparsec.layout import read_json
-from sparsec.plugins.auto import read_tensors
+from sparsec.plugins.auto import read_tensors, write_tensors
 
 
 class Stages:
@@ -31,29 +30,28 @@ class Stages:
         self.folder = folder
 
     def load(self, fingerprint: str) -> tuple[Any, dict[str, Tensor]] | None:
-        """JSON data and tensors of a stage that was stored, or None."""
+        """JSON data and tensors of a stage, or None where it was not stored or its files are damaged."""
         place = self.folder / fingerprint
         if not place.is_dir():
             return None
-        return read_json(place / "result.json"), read_tensors(place / "tensors.safetensors")
+        try:
+            return read_json(place / "result.json"), read_tensors(place / "tensors.safetensors")
+        except ArtifactError:
+            shutil.rmtree(place)  # a failing disk: it is computed again
+            return None
 
     def store(self, fingerprint: str, data: Any, tensors: Mapping[str, Tensor]) -> None:
         """Keep a result. Two writers of one fingerprint have the same result, so the first may win."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
-        try:
+        with filling(self.folder, "stage") as aside:
             (aside / "result.json").write_text(json.dumps(data), encoding="utf-8")
-            save_file({name: t.contiguous() for name, t in tensors.items()}, aside / "tensors.safetensors")
-            for file in aside.iterdir():
-                fsync(file)
+            write_tensors(aside / "tensors.safetensors", tensors)
+            sync(aside)
             try:
                 aside.rename(self.folder / fingerprint)
             except OSError:
                 if not (self.folder / fingerprint).is_dir():
                     raise
-            fsync(self.folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            sync_folder(self.folder)
 
 
 def fingerprint(**inputs: Any) -> str:
@@ -87,12 +85,3 @@ def _result_makers() -> list[Any]:
     import sparsec.plugins
 
     return [sparsec.passes, sparsec.calibrate, sparsec.plugins]
-
-
-def fsync(path: Path) -> None:
-    """Push a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,5 +1,5 @@
-"""Keeps the blocks of a Markdown file that programs write: everything between ``<!-- KIND: NAME -->`` and the next
-``<!-- end -->``. The rest of the file is written by people and left alone."""
+"""Keeps the blocks of a Markdown file that programs write: everything between a line ``<!-- KIND: NAME -->`` and the
+next line ``<!-- end -->``. The rest of the file is written by people and left alone."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def filled(text: str, kind: str, render: Callable[[str], str]) -> str:
     Raises:
         ValueError: a block is opened and not closed.
     """
-    pattern = re.compile(rf"(<!-- {kind}: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    pattern = re.compile(rf"^(<!-- {kind}: ([^\n]+?) -->\n).*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
     new, count = pattern.subn(lambda m: f"{m[1]}{render(m[2]).rstrip()}\n{m[3]}", text)
-    if count != text.count(f"<!-- {kind}: "):
+    if count != len(re.findall(rf"^<!-- {kind}: ", text, re.MULTILINE)):
         raise ValueError(f"a block <!-- {kind}: ... --> has no <!-- end -->: close it")
     return new
 

@@ -48,7 +48,7 @@ def plan_text() -> str:
     parts = []
     for kind in (Plan, ModelShape, Window, Selector, LayerPlan, PassRecord):
         parts += [f"### {kind.__name__}", _first_line(kind), fields_table(kind)]
-    schema = json.dumps(Plan.model_json_schema(), indent=2, ensure_ascii=False)
+    schema = json.dumps(_untitled(Plan.model_json_schema()), indent=2, ensure_ascii=False)
     parts.append(f"### As a JSON schema\n\n```json\n{schema}\n```")
     return "\n\n".join(parts)
 
@@ -103,7 +103,7 @@ def type_words(spec: dict[str, Any]) -> str:
         values = spec.get("enum", [spec.get("const")])
         return ", ".join(f"`{json.dumps(value)}`" for value in values)
     if spec.get("type") == "array":
-        return f"list of {type_words(spec['items'])}"
+        return f"list of ({type_words(spec['items'])})"
     bounds = [f"{sign} {spec[bound]:g}" for bound, sign in BOUNDS.items() if bound in spec]
     return " ".join([str(spec.get("type", "any")), ", ".join(bounds)]).strip()
 
@@ -112,6 +112,13 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _untitled(schema: Any) -> Any:
+    """Without pydantic's titles, which repeat the keys."""
+    if isinstance(schema, dict):
+        return {key: _untitled(value) for key, value in schema.items() if key != "title"}
+    return [_untitled(each) for each in schema] if isinstance(schema, list) else schema
 
 
 def _names(names: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Writes an artifact aside, pushes it to the disk and renames it into place: whole, or not at all.
+"""Writes an artifact aside and puts it in place: whole, or not at all.
 
 config.json, generation_config.json, tokenizer files   the model's own; config.json gains "sparsec_config"
 model*.safetensors                                      the base weights, unchanged
@@ -17,13 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsec.errors import ArtifactError
-from sparsec.layout import CONFIG, MANIFEST, PLAN_KEY, TENSORS, is_artifact, read_json, sha256
+from sparsec.export.aside import filling, locked, sync, sync_folder
+from sparsec.layout import CONFIG, MANIFEST, MEASUREMENTS, PLAN_KEY, TENSORS, is_artifact, read_json, sha256
 from sparsec.plan import Plan
+from sparsec.plugins.auto import write_tensors
 
+SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 SPARE = 64 << 20  # bytes left for reports and file-system overhead
 
 
@@ -37,51 +39,55 @@ def writing(out: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         ArtifactError: the name is taken, the folder cannot be written, or the disk is full.
     """
-    out = out.absolute()
     check_free(out, force=force)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{out.name}.writing-*"):
-            if not _alive(stale.name.rpartition("-")[2]):
-                shutil.rmtree(stale)
-        replaced = out.parent / f".{out.name}.replaced"
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)  # a writer was killed between its two renames
-        aside = out.parent / f".{out.name}.writing-{os.getpid()}"
-        aside.mkdir()
-    except OSError as error:
-        raise ArtifactError(f"cannot write beside {out} ({error.strerror}): choose another output folder") from None
-    try:
+    out = out.resolve()
+    with filling(out.parent, out.name) as aside:
         yield aside
-        _sync(aside)
-        if out.exists():
-            old = replaced if is_artifact(out) else _kept_name(out)
-            if old == replaced and replaced.exists():
-                shutil.rmtree(replaced)
-            out.rename(old)
-        aside.rename(out)
+        put(aside, out)
+
+
+def put(aside: Path, out: Path) -> None:
+    """Push ``aside`` to the disk and rename it to ``out``; an artifact there is replaced, anything else kept."""
+    out = out.resolve()
+    sync(aside)
+    with locked(out.parent):
+        recover(out)
+        replaced = _replaced(out)
         if replaced.exists():
             shutil.rmtree(replaced)
-    except OSError as error:
-        if error.errno in (28, 122):
-            raise ArtifactError(
-                f"the disk with {out.parent} is full: make room and run again, finished stages stay"
-            ) from None
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            if out.exists() and any(out.iterdir()):  # an empty folder gives way by itself
+                out.rename(replaced if is_artifact(out) else _kept_name(out))
+            aside.rename(out)
+        finally:
+            recover(out)
+        sync_folder(out.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+
+def recover(out: Path) -> None:
+    """Put an artifact back that a writer had moved away when it was stopped between its two renames."""
+    out = out.resolve()
+    if not out.exists() and _replaced(out).exists():
+        _replaced(out).rename(out)
 
 
 def check_free(out: Path, *, force: bool) -> None:
     """The name can be used.
 
     Raises:
-        ArtifactError: it is a file, or a folder that sparsec did not write, and force is not given.
+        ArtifactError: it is a file, or a folder that sparsec did not write and force is not given, or nothing can be
+            written there.
     """
+    out = out.resolve()
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file: choose another output folder")
     if out.is_dir() and any(out.iterdir()) and not is_artifact(out) and not force:
         raise ArtifactError(f"{out} exists and is no artifact of ours: choose another name, or --force moves it aside")
+    parent = _existing(out.parent)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ArtifactError(f"nothing can be written in {parent}: choose another output folder")
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -90,14 +96,26 @@ def check_room(folder: Path, needed: int) -> None:
     Raises:
         ArtifactError: it does not.
     """
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing(folder.absolute())
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE:
         raise ArtifactError(
-            f"the artifact needs {(needed + SPARE) >> 20} MiB, the disk with {folder} has {free >> 20} MiB free: make room"
+            f"the artifact needs {(needed + SPARE) >> 20} MiB, the disk with {folder} has {free >> 20} MiB free: "
+            "make room, or choose another output folder"
         )
+
+
+def model_files(source: Path, weights: Sequence[Path]) -> list[Path]:
+    """What an artifact takes over unchanged from a checkpoint's folder, sorted: weights, tokenizer, small settings.
+
+    config.json is not among them, the plan goes there.
+    """
+    names = {file.name for file in weights}
+    own = {CONFIG, MANIFEST, MEASUREMENTS, TENSORS}
+    small = [file for file in source.iterdir() if file.suffix in SETTINGS and file.name not in own]
+    small += source.glob("additional_chat_templates/*.jinja")
+    kept = [file for file in source.iterdir() if file.name in names] + small
+    return sorted(file for file in kept if file.is_file())
 
 
 def write_model(aside: Path, source: Path, weights: Sequence[Path], plan: Plan, tensors: Mapping[str, Tensor]) -> None:
@@ -110,21 +128,13 @@ def write_model(aside: Path, source: Path, weights: Sequence[Path], plan: Plan, 
         plan: goes into config.json.
         tensors: the plan's, by artifact name.
     """
-    names = {file.name for file in weights}
-    for file in sorted(source.iterdir()):
-        if not file.is_file() or (file.suffix == ".safetensors" and file.name not in names):
-            continue
-        if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and file.name not in (
-            CONFIG,
-            MANIFEST,
-        ):
-            shutil.copyfile(file, aside / file.name)
-    config = read_json(source / CONFIG)
-    if PLAN_KEY in config:
-        raise ArtifactError(f"{source} already has a plan: compile the dense checkpoint it came from")
-    write_json(aside / CONFIG, {**config, PLAN_KEY: plan.to_json()})
+    for file in model_files(source, weights):
+        place = aside / file.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
+    write_json(aside / CONFIG, {**read_json(source / CONFIG), PLAN_KEY: plan.to_json()})
     if tensors:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, aside / TENSORS, metadata={"format": "pt"})
+        write_tensors(aside / TENSORS, tensors)
 
 
 def write_manifest(aside: Path, made: Mapping[str, Any]) -> None:
@@ -134,7 +144,7 @@ def write_manifest(aside: Path, made: Mapping[str, Any]) -> None:
         aside: the folder.
         made: how the artifact was made (source, recipe, calibration, versions).
     """
-    files = {file.name: sha256(file) for file in sorted(aside.iterdir()) if file.name != MANIFEST}
+    files = {file.relative_to(aside).as_posix(): sha256(file) for file in sorted(aside.rglob("*")) if file.is_file()}
     write_json(aside / MANIFEST, {**made, "files": files})
 
 
@@ -143,13 +153,15 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
 
 
 def _kept_name(out: Path) -> Path:
@@ -158,13 +170,3 @@ def _kept_name(out: Path) -> Path:
         number += 1
         kept = out.with_name(f"{out.name}.before-sparsec-{number}")
     return kept
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True

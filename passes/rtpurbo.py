@@ -66,6 +66,7 @@ class Rtpurbo(Pass):
     select: Literal["token", "block"] = Field(default="token", description="granularity of the selection")
     block: int = Field(default=64, ge=1, description="tokens a block")
     forced_recent: int = Field(default=64, ge=0, description="latest tokens that retrieval heads always keep (ours)")
+    min_keep: int = Field(default=64, ge=0, description="unforced tokens kept at least (ours); the paper's block is 64")
     context: int | None = Field(default=None, ge=128, description="tokens a calibration window; null: 4 windows")
     documents: int = Field(default=8, ge=2, description="documents that needles are hidden in")
     needles: int = Field(default=4, ge=1, description="needles a document")
@@ -75,6 +76,7 @@ class Rtpurbo(Pass):
     )
     windows: int = Field(default=6, ge=1, description="text windows, and as many needle documents, of stage 1")
     rows: int = Field(default=512, ge=64, description="query rows sampled from each")
+    mined: int = Field(default=256, ge=0, description="more rows of each, those with the sharpest far attention (ours)")
     steps: int = Field(default=600, ge=0, description="stage-1 steps of 64 rows (the paper: 600 of one sequence each)")
     lr: float = Field(default=5e-3, gt=0, description="peak learning rate of stage 1 (the paper: 1e-3)")
 
@@ -117,6 +119,7 @@ class Rtpurbo(Pass):
             "windows": self.windows,
             "needle_documents": self.windows,
             "rows": self.rows,
+            "mined": self.mined,
         }
         del samples
         tensors = {
@@ -203,6 +206,7 @@ class Rtpurbo(Pass):
             block=self.block,
             sinks=self.sinks,
             recent=self.forced_recent,
+            min_keep=self.min_keep,
         )
         return plan.edit(
             layers=layers,
@@ -247,10 +251,20 @@ class Rtpurbo(Pass):
         for text, document in zip(texts, documents, strict=True):
             wanted.append((text, text_rows(context, window, self.rows, generator)))
             wanted.append((document.tokens, needle_rows(document, window, self.rows, generator)))
-        shuffled = [(tokens, at[torch.randperm(len(at), generator=generator)]) for tokens, at in wanted]
+        forced = Forced(self.sinks, self.forced_recent)
         return [
-            sample_window(program.model, split, heads, tokens, at, self.rope)
-            for tokens, at in tracked(shuffled, "capture attention", program.listen, len(shuffled))
+            sample_window(
+                program.model,
+                split,
+                heads,
+                tokens,
+                at,
+                rope=self.rope,
+                mined=self.mined,
+                forced=forced,
+                generator=generator,
+            )
+            for tokens, at in tracked(wanted, "capture attention", program.listen, len(wanted))
         ]
 
     def _selector(

@@ -6,12 +6,13 @@ A checkpoint without one loads as ever. Without ``import sparsec`` an artifact i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import cached_file
@@ -51,8 +52,7 @@ class SparseMixin:
         kwargs["state_dict"] = {key: value for key, value in state.items() if ".indexer." not in key}
         setattr(self.config, PLAN_KEY, plan.to_json())
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        tensors = {key: value.cpu().contiguous() for key, value in indexer_tensors(self).items()}  # type: ignore[arg-type]
-        save_file(tensors, str(Path(save_directory) / TENSORS), metadata={"format": "pt"})
+        write_tensors(Path(save_directory) / TENSORS, indexer_tensors(self))  # type: ignore[arg-type]
         return None
 
     def _prefill(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,13 +76,18 @@ def _added_tensors(name: Any, plan: Plan, hub: dict[str, Any]) -> dict[str, Tens
     """The tensors of sparsec.safetensors, from a folder or the Hub."""
     if not tensor_names(plan):
         return {}
-    local = Path(name) / TENSORS
+    local = Path(name) / hub.get("subfolder", "") / TENSORS
     path = str(local) if local.is_file() else None
     if path is None and not Path(name).is_dir():
         path = cached_file(str(name), TENSORS, _raise_exceptions_for_missing_entries=False, **hub)
     if path is None:
         raise ArtifactError(f"{name} has a plan with indexers, but no {TENSORS}: copy the whole artifact")
     return read_tensors(Path(path))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file as others write files: with the user's permissions, and OSError where the disk is full."""
+    path.write_bytes(save({name: t.cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

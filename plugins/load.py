@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsec.plugins.auto  # noqa: F401  makes AutoModelForCausalLM read plans
 from sparsec.errors import ArtifactError
-from sparsec.layout import read_plan
+from sparsec.layout import check_tensors, read_plan
+from sparsec.plugins.device import check_dtype, device_map
+from sparsec.plugins.quiet import silenced
 
 
 class Loaded(NamedTuple):
@@ -28,14 +32,29 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str = "auto") -> Loade
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as stored).
 
     Raises:
-        ArtifactError: no artifact, or a damaged one.
+        UsageError: an unknown device or dtype, or a GPU that is not there.
+        ArtifactError: no artifact, a damaged one, or one that is too large for the device.
         PlanError: plan, tensors and model do not fit together.
     """
     path = Path(path)
+    check_dtype(dtype)
+    place = device_map(device)
     read_plan(path)
+    check_tensors(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be loaded ({str(error).splitlines()[0]}): compile it again") from None
+        with silenced():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, device_map=place, local_files_only=True, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise ArtifactError(
+            f"{path} does not fit into the memory of {device}: use dtype bfloat16, or device auto"
+        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        raise ArtifactError(f"{path} cannot be loaded ({reason}): copy or compile it again") from error
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise ArtifactError(f"{path} lacks the weights {', '.join(lost[:3])}: copy or compile it again")
     return Loaded(model.eval().requires_grad_(False), tokenizer)

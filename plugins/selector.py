@@ -1,8 +1,9 @@
 """The selector of retrieval heads: low-rank scores, softmax over causal keys, top-p, forced tokens.
 
 RTPurbo (arXiv 2605.16928), "Offline calibration" and "top-p decoding": s_h(m, n) = (Wq_h q_m)·(Wk_h k_n), keep the
-largest until their softmax mass reaches p. Nothing is divided by sqrt(rank): the weights were trained on softmax(s),
-so any scale is inside them and p means what it meant in training.
+largest until their softmax mass reaches p. Where sinks hold most of the mass, p is reached with hardly any other key
+(trap T-8), so a floor of ``min_keep`` unforced keys can be set. Nothing is divided by sqrt(rank): the weights were
+trained on softmax(s), so any scale is inside them and p means what it meant in training.
 """
 
 from __future__ import annotations
@@ -82,12 +83,16 @@ def select(
     """
     visible = causal(q_pos, k_pos)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)
-    if selector.granularity == "block":
-        keep = _top_p_blocks(weights, k_pos, selector.top_p, selector.block)
-    else:
-        keep = top_p(weights, selector.top_p)
     distance = q_pos[:, None, :, None] - k_pos[:, None, None, :]
     forced = (k_pos[:, None, None, :] < selector.sinks) | (distance < selector.recent)
+    far, least = weights.masked_fill(forced, 0.0), selector.min_keep
+    if selector.granularity == "block":
+        index = (k_pos.clamp_min(0) // selector.block)[:, None, None, :].expand(weights.shape)
+        weights, far = _by_block(weights, index), _by_block(far, index)
+        least = -(-least // selector.block)
+    keep = top_p(weights, selector.top_p) | _largest(far, least)
+    if selector.granularity == "block":
+        keep = keep.gather(-1, index)
     short = (q_pos < min_context)[:, None, :, None]
     keep = (keep | forced | short) & visible
     if union if union is not None else selector.scope == "layer":
@@ -115,9 +120,15 @@ def top_p(weights: Tensor, p: float) -> Tensor:
     return weights >= ranked.gather(-1, count - 1) * (1 - TIE)
 
 
-def _top_p_blocks(weights: Tensor, k_pos: Tensor, p: float, block: int) -> Tensor:
-    """Whole blocks by their mass, largest first. Block b holds tokens b*block .. (b+1)*block - 1."""
-    blocks = int(k_pos.max()) // block + 1
-    index = (k_pos.clamp_min(0) // block)[:, None, None, :].expand(weights.shape)
-    mass = torch.zeros(*weights.shape[:-1], blocks, device=weights.device).scatter_add_(-1, index, weights)
-    return top_p(mass, p).gather(-1, index)
+def _largest(weights: Tensor, count: int) -> Tensor:
+    """The ``count`` largest positive weights of each row, ties at the edge too."""
+    if count == 0:
+        return torch.zeros_like(weights, dtype=torch.bool)
+    edge = weights.topk(min(count, weights.shape[-1]), dim=-1).values[..., -1:]
+    return (weights >= edge * (1 - TIE)) & (weights > 0)
+
+
+def _by_block(weights: Tensor, index: Tensor) -> Tensor:
+    """Mass of each block; block b holds tokens b*block .. (b+1)*block - 1."""
+    blocks = int(index.max()) + 1
+    return torch.zeros(*weights.shape[:-1], blocks, device=weights.device).scatter_add_(-1, index, weights)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparsec.errors import ArtifactError
+from sparsec.errors import ArtifactError, PlanError
 from sparsec.plan import Plan
 
 CONFIG = "config.json"
@@ -30,7 +30,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing: is {path.parent} an artifact of sparsec compile?") from None
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot read {path}: {error}") from None
+        raise ArtifactError(f"cannot read {path} ({error}): copy or compile it again") from None
 
 
 def is_artifact(path: Path) -> bool:
@@ -53,7 +53,28 @@ def read_plan(path: Path) -> Plan:
     config = read_json(path / CONFIG)
     if not isinstance(config, dict) or PLAN_KEY not in config:
         raise ArtifactError(f"{path} holds a plain model without a plan: compile it first")
-    return Plan.parse(config[PLAN_KEY])
+    try:
+        return Plan.parse(config[PLAN_KEY])
+    except PlanError as error:
+        raise PlanError(f"{path / CONFIG}: {error}; copy or compile the artifact again") from None
+
+
+def check_tensors(path: Path) -> None:
+    """The plan's tensors are those that the manifest names; a folder without a manifest says nothing about them.
+
+    Raises:
+        ArtifactError: the manifest cannot be read, or the file is missing or another one.
+    """
+    if not (path / MANIFEST).is_file():
+        return
+    made = read_json(path / MANIFEST)
+    files = made.get("files") if isinstance(made, dict) else None
+    if not isinstance(files, dict) or TENSORS not in files:
+        return
+    if not (path / TENSORS).is_file():
+        raise ArtifactError(f"{path} has a plan with indexers, but no {TENSORS}: copy the whole artifact")
+    if sha256(path / TENSORS) != files[TENSORS]:
+        raise ArtifactError(f"{path / TENSORS} is not what {MANIFEST} says, it is damaged: copy or compile it again")
 
 
 def sha256(path: Path) -> str:

@@ -62,6 +62,7 @@ class Selector(Strict):
     block: int = Field(ge=1, description="tokens a block; blocks start at multiples of it")
     sinks: int = Field(ge=0, description="first tokens that are always kept")
     recent: int = Field(ge=0, description="latest tokens that are always kept, the current one included")
+    min_keep: int = Field(default=0, ge=0, description="at least so many tokens are kept beside the forced ones")
     scope: Literal["head", "layer"] = Field(
         default="head",
         description="head: each retrieval head its own set; layer: their union, one set a layer",

