@@ -2,7 +2,7 @@
 # make test     everything from nothing: environment, ruff, mypy, pytest
 #
 # TORCH=torch             the newest PyTorch, with CUDA where pip has it (set it before the first make, or delete .venv)
-# TORCH="torch==2.13.0 --index-url URL"    a build from elsewhere
+# TORCH="torch==2.13.0 --index-url URL"    a build from elsewhere; the pin is constraints.txt's
 # PYTHON=python3.12       which Python (3.11 or newer)
 
 PYTHON ?= python3

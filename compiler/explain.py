@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec.errors import ArtifactError
-from sparsec.layout import MANIFEST, MEASUREMENTS, REPORT, is_artifact, read_json, read_plan
+from sparsec.layout import MANIFEST, MEASUREMENTS, REPORT, check_tensors, is_artifact, read_json, read_plan
 from sparsec.plan import Plan
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ def artifact_data(path: Path) -> dict[str, Any]:
     """Plan, measurements and manifest.
 
     Raises:
-        ArtifactError: no artifact of ours.
+        ArtifactError: no artifact of ours, or a damaged one.
     """
     plan = read_plan(path)
     if not is_artifact(path):
         raise ArtifactError(f"{path} has a plan, but no {MANIFEST} of sparsec compile: copy the whole artifact")
+    check_tensors(path)
     return {
         "plan": plan.to_json(),
         "digest": plan.digest,

@@ -104,7 +104,7 @@ def type_words(spec: dict[str, Any]) -> str:
         return ", ".join(f"`{json.dumps(value)}`" for value in values)
     if spec.get("type") == "array":
         return f"list of ({type_words(spec['items'])})"
-    bounds = [f"{sign} {spec[bound]:g}" for bound, sign in BOUNDS.items() if bound in spec]
+    bounds = [f"{sign} {spec[bound]}" for bound, sign in BOUNDS.items() if bound in spec]
     return " ".join([str(spec.get("type", "any")), ", ".join(bounds)]).strip()
 
 

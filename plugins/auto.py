@@ -70,6 +70,9 @@ def register() -> None:
             # The same name: config.json's "architectures" must stay what stock Transformers knows.
             sparse = type(base.__name__, (SparseMixin, base), {"__module__": __name__})
             AutoModelForCausalLM.register(config, sparse, exist_ok=True)
+            if MODEL_FOR_CAUSAL_LM_MAPPING[config] is not sparse:
+                # Some releases (5.17) drop a registration for a config class of their own without a word.
+                MODEL_FOR_CAUSAL_LM_MAPPING._extra_content[config] = sparse
 
 
 def _added_tensors(name: Any, plan: Plan, hub: dict[str, Any]) -> dict[str, Tensor]:

@@ -4,9 +4,9 @@ Importing torch and transformers takes seconds; a forked child starts at once an
 streams, environment, folder and signals, and whatever it breaks ends with it. Requests are JSON, one a line:
 
     {"argv": [...], "cwd": ..., "env": {...}, "stdin": ..., "stdout": ..., "stderr": ..., "file_size": n}  -> {"pid": n}
-    {"wait": pid}                                                                                 -> {"status": n}
+    {"wait": pid, "block": true}                                                                  -> {"status": n}
 
-The three streams are file names; a status below zero is the signal that ended the child.
+The three streams are file names; a status below zero is the signal that ended the child, and null says that it runs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 def import_everything() -> None:
     """What any command imports on its way, without running any of it."""
     import pydoc_data.topics  # noqa: F401
+
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import sparsec.calibrate.evaluate
@@ -44,7 +45,7 @@ def run(request: dict[str, Any]) -> int:
     os.environ.update(request["env"])
     if request["file_size"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], request["file_size"]))
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     sys.argv = ["sparsec", *request["argv"]]
     try:
         main()
@@ -67,7 +68,8 @@ def serve() -> None:
     for line in requests:
         request = json.loads(line)
         if "wait" in request:
-            answer = {"status": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
+            pid, status = os.waitpid(request["wait"], 0 if request["block"] else os.WNOHANG)
+            answer = {"status": os.waitstatus_to_exitcode(status) if pid else None}
         else:
             pid = os.fork()
             if not pid:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +78,172 @@ def tiny_llama(make_checkpoint: Callable[..., Path]) -> Path:
             max_position_embeddings=256,
         )
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_deep(make_checkpoint: Callable[..., Path]) -> Path:
+    """As ``tiny_llama``, but 4 layers that read 1024 tokens: enough for both passes; do not write into the folder."""
+    return make_checkpoint(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+        )
+    )
+
+
+# Options with which both passes and the gate take a second on ``tiny_deep``.
+TINY_OPTIONS: dict[str, dict[str, Any]] = {
+    "rtpurbo": {
+        "ratio": 0.4,
+        "window": 32,
+        "context": 512,
+        "rank": 4,
+        "forced_recent": 8,
+        "documents": 2,
+        "needles": 2,
+        "needle_words": 4,
+        "windows": 2,
+        "rows": 128,
+        "steps": 4,
+    },
+    "indexcache": {"context": 320, "needles": 2, "needle_words": 4, "rows": 128},
+    "gate": {"context": 256, "max_loss": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_options() -> dict[str, dict[str, Any]]:
+    """Options of both passes and the gate; the caller's copy."""
+    return {owner: dict(options) for owner, options in TINY_OPTIONS.items()}
+
+
+@pytest.fixture(scope="session")
+def compile_line(tiny_deep: Path) -> Callable[..., list[str]]:
+    """``compile_line(out, *more)``: the arguments that compile ``tiny_deep`` with both passes."""
+    settings = [f"{owner}.{name}={value}" for owner, options in TINY_OPTIONS.items() for name, value in options.items()]
+
+    def line(out: Path, *more: str) -> list[str]:
+        options = [part for setting in settings for part in ("--set", setting)]
+        return ["compile", str(tiny_deep), "--passes", "rtpurbo,indexcache", *options, "-o", str(out), *more]
+
+    return line
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: exit status (below zero: the signal that ended it) and its two streams."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def line(self) -> str:
+        """The one line on standard error of a command that failed as it should."""
+        lines = [line for line in self.err.splitlines() if line]
+        assert [line.startswith("sparsec: ") for line in lines[-1:]] == [True], self.err
+        assert not [line for line in lines[:-1] if line.startswith("sparsec: ") or "Traceback" in line], self.err
+        assert not self.out, self.out
+        return lines[-1]
+
+
+class Running:
+    """A command that was started."""
+
+    def __init__(self, ask: Callable[..., dict[str, Any]], pid: int, out: Path, err: Path) -> None:
+        self.ask, self.pid, self.out, self.err = ask, pid, out, err
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal; it must not have been waited for."""
+        os.kill(self.pid, number)
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it runs."""
+        status: int | None = self.ask(wait=self.pid, block=False)["status"]
+        return status
+
+    def wait(self) -> Result:
+        """What it left when it ends."""
+        status = self.ask(wait=self.pid, block=True)["status"]
+        texts = [file.read_bytes().decode() if file.is_file() else "" for file in (self.out, self.err)]
+        return Result(status, *texts)
+
+
+class Commands:
+    """``cli(*arguments)`` runs a command in a process of its own, see command_server.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.number = folder, 0
+        self.cache = folder / "cache"
+        server = [sys.executable, str(Path(__file__).with_name("command_server.py"))]
+        alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+        self.server = subprocess.Popen(
+            server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **alone}
+        )
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(self.server.stdout.readline())
+        return answer
+
+    def start(
+        self, *argv: str | Path, cache: Path | None = None, stdin: str | bytes = "", file_size: int = 0, stderr: str = ""
+    ) -> Running:
+        """Start a command in an empty folder.
+
+        Args:
+            argv: its arguments.
+            cache: SPARSEC_CACHE; None is one that all tests share.
+            stdin: what it reads.
+            file_size: bytes that it may write into one file; 0 is no limit.
+            stderr: a terminal's name, to be written to in place of a file.
+        """
+        self.number += 1
+        folder = self.folder / f"command{self.number}"
+        folder.mkdir()
+        streams = {name: str(folder.with_suffix(f".{name}")) for name in ("stdin", "stdout", "stderr")}
+        Path(streams["stdin"]).write_bytes(stdin if isinstance(stdin, bytes) else stdin.encode())
+        answer = self._ask(
+            argv=[str(part) for part in argv],
+            cwd=str(folder),
+            env={"SPARSEC_CACHE": str(cache or self.cache)},
+            file_size=file_size,
+            **streams | ({"stderr": stderr} if stderr else {}),
+        )
+        return Running(self._ask, answer["pid"], Path(streams["stdout"]), Path(streams["stderr"]))
+
+    def __call__(self, *argv: str | Path, **options: Any) -> Result:
+        """Run a command to its end."""
+        return self.start(*argv, **options).wait()
+
+    def close(self) -> None:
+        """End the server."""
+        self.server.communicate()
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """The command line: ``cli("passes").out``."""
+    commands = Commands(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(
+    cli: Commands, compile_line: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """``tiny_deep`` compiled with both passes; do not write into the folder."""
+    out = tmp_path_factory.mktemp("artifacts") / "tiny"
+    result = cli(*compile_line(out))
+    assert result.status == 0, result.err
+    return out
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,818 @@
+"""Bad input, full disks, signals: one line that says what to do, and never a half artifact under the output name."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
+
+from sparsec.compiler.stages import Stages
+from sparsec.errors import ArtifactError
+from sparsec.export.artifact import check_free, check_room, put, recover, writing
+from sparsec.layout import CONFIG, MANIFEST, PLAN_KEY, TENSORS, is_artifact, read_plan, sha256
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """sha256 by name of every file."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+# Wrong calls: exit 2, before anything is opened
+
+WRONG_CALLS = {
+    "no source": ([], "Missing argument 'SOURCE': see sparsec compile --help"),
+    "an unknown option": (["model", "--pases", "x"], "No such option '--pases'"),
+    "no passes": (["model", "-o", "out"], "no passes: give --passes"),
+    "no output": (["model", "--passes", "rtpurbo"], "no output folder: give -o DIR"),
+    "an unknown pass": (["model", "-o", "out", "--passes", "rtpurb"], "no pass 'rtpurb': did you mean 'rtpurbo'?"),
+    "a pass like no other": (["model", "-o", "out", "--passes", "qqq"], "no pass 'qqq': known: indexcache, rtpurbo"),
+    "a pass without what it needs": (["model", "-o", "out", "--passes", "indexcache"], "indexcache needs indexers: add"),
+    "an option of another pass": (
+        ["model", "-o", "out", "--passes", "rtpurbo", "--set", "indexcache.keep=1"],
+        "'indexcache' is not among the passes; add it to --passes",
+    ),
+    "--keep without indexcache": (
+        ["model", "-o", "out", "--passes", "rtpurbo", "--keep", "1"],
+        "'indexcache' is not among the passes",
+    ),
+    "a negative seed": (["model", "-o", "out", "--passes", "rtpurbo", "--seed", "-1"], "Invalid value for '--seed'"),
+    "a huge seed": (["model", "-o", "out", "--passes", "rtpurbo", "--seed", "1" + "0" * 30], "recipe: seed: "),
+    "a missing recipe": (["model", "-o", "out", "--recipe", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
+    "a folder as recipe": (["model", "-o", "out", "--recipe", "/"], "cannot read the recipe /"),
+    "a revision of a folder": (["/", "-o", "out", "--passes", "rtpurbo", "--revision", "x"], "leave it out"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CALLS)
+def test_a_wrong_call_is_exit_2_and_a_line(cli: Any, case: str) -> None:
+    arguments, words = WRONG_CALLS[case]
+    result = cli("compile", *arguments)
+    assert words in result.line
+    assert result.status == 2
+
+
+WRONG_SETTINGS = {
+    "rtpurbo.ratios=0.2": "rtpurbo has no option 'ratios': did you mean 'ratio'?",
+    "rtpurbo.colour=red": "rtpurbo has no option 'colour': known: ratio, ",
+    "gate.maxloss=1": "gate has no option 'maxloss': did you mean 'max_loss'?",
+    "rtpurbo.ratio=much": "rtpurbo.ratio: Input should be a valid number",
+    "rtpurbo.ratio=2": "rtpurbo.ratio: Input should be less than 1",
+    "rtpurbo.ratio=": "rtpurbo.ratio: Input should be a valid number",
+    "rtpurbo.rope=pre-": "rtpurbo.rope: Input should be 'pre' or 'post'",
+    "indexcache.keep=a%": "indexcache.keep: ",
+    "indexcache.keep=0%": "indexcache.keep: Input should be greater than 0",
+    "gate.rows=1": "recipe: gate.rows: Input should be greater than or equal to 16",
+    "rtpurbo.ratio": "write pass.option=value",
+    "ratio=0.2": "write pass.option=value",
+    "=": "write pass.option=value",
+    "rtpurbo.ratio=[": "the value is not YAML",
+}
+
+
+@pytest.mark.parametrize("setting", WRONG_SETTINGS)
+def test_a_wrong_setting_is_exit_2_and_names_the_option(
+    cli: Any, compile_line: Callable[..., list[str]], tmp_path: Path, setting: str
+) -> None:
+    result = cli(*compile_line(tmp_path / "out", "--set", setting))
+    assert WRONG_SETTINGS[setting] in result.line
+    assert result.status == 2
+    assert names(tmp_path) == []
+
+
+WRONG_RECIPES = {
+    "an unknown key": ("passes: {rtpurbo: {}}\nsede: 1\n", "has an unknown key 'sede': did you mean 'seed'?"),
+    "an unknown pass": ("passes: {rtpurb: {}}\n", "did you mean 'rtpurbo'?"),
+    "an unknown option": ("passes: {rtpurbo: {ratios: 1}}\n", "did you mean 'ratio'?"),
+    "an unknown option of the gate": ("passes: {rtpurbo: }\ngate: {max_los: 1}\n", "did you mean 'max_loss'?"),
+    "a list of passes": ("passes: [rtpurbo, indexcache]\n", "must map a name to options"),
+    "one pass": ("passes: rtpurbo\n", "must map a name to options"),
+    "an option without a name": ("passes: {rtpurbo: 0.15}\n", "must map a name to options"),
+    "a gate that is a number": ("passes: {rtpurbo: }\ngate: 5\n", "must map options to values"),
+    "a seed that is none": ("passes: {rtpurbo: }\nseed: many\n", "recipe: seed: Input should be a valid integer"),
+    "a list": ("- rtpurbo\n", "must be a mapping with the key 'passes'"),
+    "nothing": ("", "must be a mapping with the key 'passes'"),
+    "no passes": ("seed: 1\n", "no passes: give --passes"),
+    "no YAML": ("passes: {rtpurbo: {ratio: 0.2\n", "is not YAML"),
+    "no text": (b"\xff\xfe\x00passes", "is not YAML"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_RECIPES)
+@pytest.mark.parametrize("more", [[], ["--set", "rtpurbo.ratio=0.2", "--set", "gate.rows=32"]], ids=["alone", "set"])
+def test_a_wrong_recipe_is_exit_2_and_names_the_place(cli: Any, tmp_path: Path, case: str, more: list[str]) -> None:
+    text, words = WRONG_RECIPES[case]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = cli("compile", "model", "--recipe", recipe, "-o", tmp_path / "out", *more)
+    if not (more and case in ("no passes", "an unknown pass")):  # there --set names a pass that is not asked for
+        assert words in result.line
+    assert result.line
+    assert result.status == 2
+    assert names(tmp_path) == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--device", "gpu"], "unknown device 'gpu': use cpu, cuda, cuda:<number> or auto"),
+        (["--device", "cuda:99"], "device cuda:99 "),
+        (["--dtype", "int8"], "unknown dtype 'int8': use float32, bfloat16, float16 or auto"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compile", "generate", "eval"])
+def test_a_device_or_dtype_that_cannot_be_is_exit_2(
+    cli: Any,
+    compile_line: Callable[..., list[str]],
+    tiny_artifact: Path,
+    tmp_path: Path,
+    command: str,
+    more: list[str],
+    words: str,
+) -> None:
+    arguments = {
+        "compile": compile_line(tmp_path / "out"),
+        "generate": ["generate", tiny_artifact, "hello"],
+        "eval": ["eval", tiny_artifact],
+    }
+    result = cli(*arguments[command], *more)
+    assert words in result.line
+    assert result.status == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "ARTIFACT", " "], "the prompt is empty"),
+        (["generate", "ARTIFACT", "x", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["eval", "ARTIFACT", "--lengths", "1k"], "--lengths '1k': write token counts"),
+        (["eval", "ARTIFACT", "--lengths", ""], "--lengths needs token counts"),
+        (["eval", "ARTIFACT", "--lengths", "8"], "--lengths needs token counts of 16 or more"),
+        (["eval", "ARTIFACT", "--systems", "dense,splt"], "did you mean 'split'?"),
+        (["eval", "ARTIFACT", "--tasks", "kv,passkeys"], "did you mean 'passkey'?"),
+        (["eval", "ARTIFACT", "-o", "nowhere/eval.json"], "there is no folder"),
+        (["passes", "indexcach"], "did you mean 'indexcache'?"),
+        (["inspet", "ARTIFACT"], "No such command 'inspet'"),
+    ],
+)
+def test_other_commands_called_wrongly_are_exit_2(
+    cli: Any, tiny_artifact: Path, arguments: list[str], words: str
+) -> None:
+    result = cli(*(str(tiny_artifact) if part == "ARTIFACT" else part for part in arguments))
+    assert words in result.line
+    assert result.status == 2
+
+
+def test_a_prompt_that_is_no_text_is_exit_2(cli: Any, tiny_artifact: Path) -> None:
+    result = cli("generate", tiny_artifact, stdin=b"\xff\xfe\xfd")
+    assert "standard input is not text" in result.line
+    assert result.status == 2
+
+
+# Sources that are none
+
+
+@pytest.fixture
+def folder(tiny_deep: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to be spoilt."""
+    return shutil.copytree(tiny_deep, tmp_path / "model")
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def not_a_number(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lacking(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_tokenizer(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["model"]["vocab"]["beyond"] = 300
+    file.write_text(json.dumps(data))
+
+
+def without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        data = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(data | changes))
+
+    return edit
+
+
+SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no weights": (without_weights, "has no weights"),
+    "pickled weights": (pickled, "holds only pickled weights"),
+    "truncated weights": (truncated, "model.safetensors is damaged"),
+    "weights that are no numbers": (not_a_number, "model.layers.2.mlp.up_proj.weight in "),
+    "a missing tensor": (lacking, "lacks model.layers.2.mlp.up_proj.weight"),
+    "a tokenizer that does not match": (other_tokenizer, "has token ids up to 300, the embedding has 272 rows"),
+    "no tokenizer": (without_tokenizer, "has no tokenizer"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "has no config.json"),
+    "quantised weights": (edited(quantization_config={"quant_method": "awq"}), "is quantised (awq)"),
+    "a plan": (edited(**{PLAN_KEY: {}}), "already has a plan: compile the dense checkpoint it came from"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_source_that_is_no_dense_checkpoint_is_exit_1(
+    cli: Any, compile_line: Callable[..., list[str]], folder: Path, tmp_path: Path, case: str
+) -> None:
+    spoil, words = SPOILT[case]
+    spoil(folder)
+    line = compile_line(tmp_path / "out")
+    line[1] = str(folder)
+    result = cli(*line)
+    assert words in result.line
+    assert result.status == 1
+    assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_an_unsupported_family_is_refused_by_name_before_its_weights_are_read(
+    cli: Any,
+    compile_line: Callable[..., list[str]],
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    more: list[str],
+) -> None:
+    source = make_checkpoint(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256))
+    line = compile_line(tmp_path / "out", *more)
+    line[1] = str(source)
+    result = cli(*line)
+    assert "model family 'gpt2' is not supported; supported: llama, " in result.line
+    assert result.status == 1
+    assert result.err.count("\n") == 1
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("source", ["nowhere/at/all", "no-such-folder", "model.gguf"])
+def test_a_source_that_is_not_there_is_exit_1(
+    cli: Any, compile_line: Callable[..., list[str]], tmp_path: Path, source: str
+) -> None:
+    line = compile_line(tmp_path / "out")
+    line[1] = source
+    result = cli(*line)
+    assert "check the spelling" in result.line
+    assert result.status == 1
+
+
+# Calibration text that is none
+
+PARAGRAPH = "The quick brown fox jumps over the lazy dog while eleven patient engineers watch from the bridge. "
+
+
+def write_texts(folder: Path, *texts: str | bytes) -> Path:
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def distinct(words: int, number: int) -> str:
+    rng = random.Random(number)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return " ".join("".join(rng.choices(letters, k=6)) for _ in range(words))
+
+
+TEXTS: dict[str, tuple[list[str | bytes], str]] = {
+    "an empty file": ([""], "has no text in it"),
+    "no file": ([], "has no .txt, .md"),
+    "too little text": ([PARAGRAPH], "too little text for three splits"),
+    "text shorter than the context": ([distinct(50, n) for n in range(6)], "of the 2 windows of 512 tokens"),
+    "another encoding": (["Grüße aus Köln. ".encode("latin-1") * 100], "is not UTF-8 text at byte 2: convert it"),
+    "UTF-16": (["plain words ".encode("utf-16") * 100], "iconv -f UTF-16 -t UTF-8"),
+    "a binary": ([b"\x7fELF\0\0\0\1" * 100], "is not UTF-8 text at byte 4"),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_text_that_cannot_calibrate_is_exit_1(
+    cli: Any, compile_line: Callable[..., list[str]], tmp_path: Path, case: str
+) -> None:
+    texts, words = TEXTS[case]
+    place = write_texts(tmp_path / "text", *texts)
+    result = cli(*compile_line(tmp_path / "out", "--calibration", str(place)), cache=tmp_path / "cache")
+    assert words in result.line
+    assert result.status == 1
+    assert names(tmp_path) == ["cache", "text"]
+
+
+def test_a_calibration_file_that_is_not_there_is_exit_1(
+    cli: Any, compile_line: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    result = cli(*compile_line(tmp_path / "out", "--calibration", "nowhere.txt"))
+    assert "no file or folder 'nowhere.txt'" in result.line
+    assert result.status == 1
+
+
+# Output names that are taken
+
+
+def test_a_folder_that_is_not_ours_is_refused_and_with_force_kept(
+    cli: Any, compile_line: Callable[..., list[str]], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    (out / "work" / "thesis.txt").write_text("years")
+    for more in ([], ["--dry-run"]):
+        result = cli(*compile_line(out, *more))
+        assert "exists and is no artifact of ours: choose another name, or --force moves it aside" in result.line
+        assert result.status == 1
+        assert names(out) == ["work"]
+    assert cli(*compile_line(out, "--force")).status == 0
+    assert contents(out) == contents(tiny_artifact)
+    assert (tmp_path / "out.before-sparsec" / "work" / "thesis.txt").read_text() == "years"
+
+    shutil.rmtree(out)
+    write_texts(out, "more")
+    assert cli(*compile_line(out, "--force")).status == 0
+    assert names(tmp_path) == ["out", "out.before-sparsec", "out.before-sparsec-2"]
+    assert names(tmp_path / "out.before-sparsec-2") == ["0.txt"]
+
+
+def test_a_file_is_never_replaced(cli: Any, compile_line: Callable[..., list[str]], tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    file.write_text("mine")
+    for out in (file, file / "below"):
+        for more in ([], ["--force"]):
+            result = cli(*compile_line(out, *more))
+            assert "choose another output folder" in result.line
+            assert result.status == 1
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    cli: Any, compile_line: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o555)
+    result = cli(*compile_line(tmp_path / "out"))
+    assert f"nothing can be written in {tmp_path}" in result.line
+    assert result.status == 1
+
+
+def test_a_gate_that_fails_is_exit_3_and_keeps_the_artifact_under_another_name(
+    cli: Any, compile_line: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    out, rejected = tmp_path / "out", tmp_path / "out.rejected"
+    write_texts(rejected, "a folder of the user")
+    strict = compile_line(out, "--set", "gate.min_recall=1", "--set", "gate.max_loss=0")
+    for _ in range(2):
+        result = cli(*strict)
+        assert "the gate failed: " in result.line
+        assert "of the attention mass, 100.0% is the least" in result.line
+        assert f"the artifact is kept as {rejected}" in result.line
+        assert result.status == 3
+        assert names(tmp_path) == ["out.rejected", "out.rejected.before-sparsec"]
+        assert names(tmp_path / "out.rejected.before-sparsec") == ["0.txt"]
+    assert "gate      FAILED: " in cli("inspect", rejected).out
+    files = contents(rejected)
+    files.pop(MANIFEST)
+    assert json.loads((rejected / MANIFEST).read_text())["files"] == files
+
+    assert cli(*compile_line(out)).status == 0
+    before = contents(out)
+    assert cli(*strict).status == 3
+    assert contents(out) == before
+
+
+# Artifacts that are none
+
+
+@pytest.fixture
+def artifact(tiny_artifact: Path, tmp_path: Path) -> Path:
+    """A copy of the artifact, to be spoilt."""
+    return shutil.copytree(tiny_artifact, tmp_path / "artifact")
+
+
+def with_plan(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        config[PLAN_KEY] |= changes
+        (folder / CONFIG).write_text(json.dumps(config))
+
+    return change
+
+
+def flipped(folder: Path) -> None:
+    """One bit of one value: still finite, still of the right shape."""
+    data = bytearray((folder / TENSORS).read_bytes())
+    data[-3] ^= 1
+    (folder / TENSORS).write_bytes(data)
+
+
+def rewritten(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """Tensors changed by someone who knew about the manifest."""
+
+    def write(folder: Path) -> None:
+        tensors = load_file(folder / TENSORS)
+        change(tensors)
+        save_file(tensors, folder / TENSORS)
+        made = json.loads((folder / MANIFEST).read_text())
+        made["files"][TENSORS] = sha256(folder / TENSORS)
+        (folder / MANIFEST).write_text(json.dumps(made))
+
+    return write
+
+
+def plain(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    del config[PLAN_KEY]
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+EVERYWHERE = ("inspect", "generate", "eval")
+RUNNING = ("generate", "eval")
+DAMAGED: dict[str, tuple[Callable[[Path], None], str, tuple[str, ...]]] = {
+    "nothing": (shutil.rmtree, "is no folder: name an artifact", EVERYWHERE),
+    "an empty folder": (
+        lambda folder: [file.unlink() for file in folder.iterdir()],
+        "config.json is missing",
+        EVERYWHERE,
+    ),
+    "a plain model": (plain, "holds a plain model without a plan: compile it first", EVERYWHERE),
+    "a config that is no JSON": (lambda folder: (folder / CONFIG).write_text("{"), "cannot read", EVERYWHERE),
+    "a plan that cannot be": (with_plan(window=None), "has local heads, but the plan has no window", EVERYWHERE),
+    "a plan of the future": (with_plan(format=99), "format 99, this sparsec reads 1: update sparsec", EVERYWHERE),
+    "a plan of another model": (
+        lambda folder: edited(num_key_value_heads=4)(folder),
+        "artifact",
+        RUNNING,
+    ),
+    "no indexers": (
+        lambda folder: (folder / TENSORS).unlink(),
+        f"has a plan with indexers, but no {TENSORS}: copy the whole artifact",
+        EVERYWHERE,
+    ),
+    "indexers with a wrong bit": (flipped, f"{TENSORS} is not what {MANIFEST} says", EVERYWHERE),
+    "indexers that are cut off": (
+        lambda folder: os.truncate(folder / TENSORS, 300),
+        f"{TENSORS} is not what {MANIFEST} says",
+        EVERYWHERE,
+    ),
+    "indexers that are no numbers": (
+        rewritten(lambda tensors: next(iter(tensors.values())).fill_(float("inf"))),
+        "holds values that are not finite",
+        RUNNING,
+    ),
+    "indexers of another shape": (
+        rewritten(lambda tensors: tensors.update({name: t[:, :2].clone() for name, t in tensors.items()})),
+        "has shape (3, 2, 8), the plan needs (3, 4, 8)",
+        RUNNING,
+    ),
+    "an indexer too few": (rewritten(lambda tensors: tensors.popitem()), "which is missing", RUNNING),
+    "no weights": (without_weights, "cannot be loaded (", RUNNING),
+    "truncated weights": (truncated, "cannot be loaded (", RUNNING),
+    "a missing weight": (lacking, "lacks the weights model.layers.2.mlp.up_proj.weight", RUNNING),
+    "no tokenizer": (without_tokenizer, "cannot be loaded (", RUNNING),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "no manifest.json of sparsec", ("inspect", "eval")),
+    "no measurements": (
+        lambda folder: (folder / "measurements.json").unlink(),
+        "measurements.json is missing",
+        ("inspect", "eval"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("case", "command"), [(case, command) for case in DAMAGED for command in DAMAGED[case][2]])
+def test_a_damaged_artifact_is_exit_1(cli: Any, artifact: Path, case: str, command: str) -> None:
+    spoil, words, _ = DAMAGED[case]
+    spoil(artifact)
+    more = {"inspect": [], "generate": ["hello"], "eval": ["--lengths", "256", "--prompts", "0", "--windows", "1"]}
+    result = cli(command, artifact, *more[command])
+    assert words in result.line
+    assert str(artifact) in result.line or case in ("indexers of another shape", "an indexer too few")
+    assert result.status == 1
+
+
+# Full disks
+
+
+def test_too_little_room_is_said_before_the_work(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(ArtifactError, match=r"the artifact needs \d+ MiB, the disk with .* make room, or choose"):
+        check_room(tmp_path / "not" / "there" / "yet", free)
+
+
+@pytest.mark.parametrize("limit", [100_000, 3000], ids=["weights", "stage"])
+def test_a_file_that_cannot_grow_is_exit_1_and_leaves_nothing(
+    cli: Any, compile_line: Callable[..., list[str]], tmp_path: Path, limit: int
+) -> None:
+    cache = tmp_path / "cache"
+    result = cli(*compile_line(tmp_path / "out"), file_size=limit, cache=cache)
+    assert "there is no room to write in " in result.line
+    assert "make room and run again, finished stages stay" in result.line
+    assert result.status == 1
+    assert names(tmp_path) == ["cache"]
+    assert [file for file in cache.rglob("*") if ".writing-" in file.name] == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"only root can mount a small disk: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    cli: Any, compile_line: Callable[..., list[str]], small_disk: Path
+) -> None:
+    with (
+        pytest.raises(ArtifactError, match="there is no room to write in .*No space left on device.*make room"),
+        writing(small_disk / "out", force=False) as aside,
+    ):
+        (aside / "weights").write_bytes(bytes(2 << 20))
+    assert names(small_disk) == []
+    with pytest.raises(ArtifactError, match="there is no room to write"):
+        Stages(small_disk / "stages").store("f" * 64, {"much": "x" * (2 << 20)}, {})
+    assert names(small_disk / "stages") == []
+    result = cli(*compile_line(small_disk / "out"))
+    assert "the artifact needs 64 MiB, the disk with " in result.line
+    assert result.status == 1
+
+
+def test_a_cache_that_cannot_be_made_is_exit_1(
+    cli: Any, compile_line: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    result = cli(*compile_line(tmp_path / "out"), cache=tmp_path / "file" / "cache")
+    assert "the cache folder cannot be made" in result.line
+    assert result.status == 1
+
+
+def test_a_damaged_stage_is_computed_again(
+    cli: Any, compile_line: Callable[..., list[str]], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    assert cli(*compile_line(tmp_path / "out"), cache=cache).status == 0
+    for place, spoil in zip(sorted((cache / "stages").iterdir()), (b"", b"{"), strict=False):
+        (place / "result.json").write_bytes(spoil)
+    assert cli(*compile_line(tmp_path / "out"), cache=cache).status == 0
+    assert contents(tmp_path / "out") == contents(tiny_artifact)
+
+
+# Writing aside
+
+
+def fill(aside: Path, text: str) -> None:
+    """Something that counts as an artifact, with the same text in all its files."""
+    (aside / MANIFEST).write_text(json.dumps({"producer": "sparsec test", "text": text}))
+    for number in range(5):
+        (aside / f"{number}.txt").write_text(text)
+
+
+def whole(out: Path) -> str:
+    """The text of an artifact all of whose files agree."""
+    (text,) = {(out / f"{number}.txt").read_text() for number in range(5)}
+    assert json.loads((out / MANIFEST).read_text())["text"] == text
+    return text
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    with writing(tmp_path / "out", force=False) as aside:
+        fill(aside, "old")
+    with pytest.raises(RuntimeError, match="half way"), writing(tmp_path / "out", force=False) as aside:
+        fill(aside, "new")
+        raise RuntimeError("half way")
+    assert whole(tmp_path / "out") == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_errors_that_have_nothing_to_do_with_room_keep_their_kind(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), writing(tmp_path / "out", force=False):
+        (tmp_path / "nowhere").read_text()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_no_room_is_an_error_of_ours(tmp_path: Path, number: int) -> None:
+    with pytest.raises(ArtifactError, match=os.strerror(number)), writing(tmp_path / "out", force=False):
+        raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("name", ["out", "out[1]*?", ".out"])
+def test_leftovers_of_killed_writers_are_cleared_and_those_of_living_ones_are_not(tmp_path: Path, name: str) -> None:
+    dead, other = tmp_path / f".{name}.writing-dead", tmp_path / ".another.writing-dead"
+    for folder in (dead, other):
+        folder.mkdir()
+        (folder / "part").write_text("half")
+    with writing(tmp_path / name, force=False) as first:
+        assert not dead.exists()
+        fill(first, "first")
+        with writing(tmp_path / name, force=False) as second:
+            fill(second, "second")
+        assert whole(first) == "first"
+        assert whole(tmp_path / name) == "second"
+    assert whole(tmp_path / name) == "first"
+    assert names(tmp_path) == sorted([other.name, name])
+
+
+def test_an_artifact_that_a_killed_writer_moved_away_comes_back(
+    cli: Any, compile_line: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    out, away = tmp_path / "out", tmp_path / ".out.replaced"
+    away.mkdir()
+    fill(away, "old")
+    line = compile_line(out)
+    line[1] = "nowhere"
+    assert cli(*line).status == 1
+    assert whole(out) == "old"
+    assert names(tmp_path) == ["out"]
+    recover(out)  # nothing to do
+    away.mkdir()
+    fill(away, "older")  # a writer was killed between renaming and deleting
+    with writing(out, force=False) as aside:
+        fill(aside, "new")
+    assert whole(out) == "new"
+    assert names(tmp_path) == ["out"]
+
+
+def test_being_stopped_between_the_two_renames_brings_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with writing(out, force=False) as aside:
+        fill(aside, "old")
+    rename = Path.rename
+
+    def stop(path: Path, target: Path) -> Path:
+        if ".writing-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt), writing(out, force=False) as aside:
+        fill(aside, "new")
+    assert whole(out) == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_many_writers_of_one_name_leave_one_whole_artifact(tmp_path: Path) -> None:
+    out, failures = tmp_path / "out", []
+
+    def write(writer: int) -> None:
+        try:
+            for turn in range(8):
+                with writing(out, force=False) as aside:
+                    fill(aside, f"{writer}/{turn}")
+        except BaseException as error:  # reported below, in the test's own thread
+            failures.append(error)
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert failures == []
+    assert whole(out).endswith("/7")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_name_taken_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    aside = write_texts(tmp_path / "aside", "new")
+    write_texts(out, "somebody's")
+    put(aside, out)
+    assert (out / "0.txt").read_text() == "new"
+    assert (tmp_path / "out.before-sparsec" / "0.txt").read_text() == "somebody's"
+    with pytest.raises(ArtifactError, match="is no artifact of ours"):
+        check_free(out, force=False)
+
+
+# Signals
+
+
+def wait_for(ready: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("moment", ["a pass", "the gate"])
+def test_ctrl_c_is_exit_130_and_leaves_nothing(
+    cli: Any, compile_line: Callable[..., list[str]], tiny_artifact: Path, tmp_path: Path, moment: str
+) -> None:
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    if moment == "a pass":
+        running = cli.start(*compile_line(out, "--set", "rtpurbo.steps=100000"), cache=cache)
+        wait_for(lambda: "closed form" in running.err.read_text())
+    else:
+        running = cli.start(*compile_line(out, "--set", "gate.windows=40"), cache=cache)
+        wait_for(lambda: "gate: 0/40" in running.err.read_text())
+        assert [name.partition("-")[0] for name in names(tmp_path)] == [".out.writing", "cache"]
+    running.send(signal.SIGINT)
+    result = running.wait()
+    assert result.status == 130, result.err
+    assert result.line == "sparsec: stopped; a compile continues where it was when it is called again"
+    assert names(tmp_path) == ["cache"]
+    assert [file for file in cache.rglob("*") if ".writing-" in file.name] == []
+    assert cli(*compile_line(out), cache=cache).status == 0
+    assert contents(out) == contents(tiny_artifact)
+
+
+def kill_and_repeat(cli: Any, line: list[str], out: Path, cache: Path, delays: list[float]) -> None:
+    """Start the command and kill it, again and again; at no moment is there half an artifact."""
+    old = contents(out) if out.exists() else None
+    new = None
+    for delay in delays:
+        running = cli.start(*line, cache=cache)
+        time.sleep(delay)
+        running.send(signal.SIGKILL)
+        assert running.wait().status in (-signal.SIGKILL, 0)
+        away = out.with_name(f".{out.name}.replaced")
+        found = contents(out) if out.exists() else None
+        if found is None:
+            assert old is None or contents(away) == old
+        elif found != old:
+            files = {name: sha for name, sha in found.items() if name != MANIFEST}
+            assert json.loads((out / MANIFEST).read_text())["files"] == files
+            assert found == (new or found)
+            new = found
+
+
+def test_killed_at_any_moment_the_same_command_gives_the_same_artifact(
+    cli: Any, compile_line: Callable[..., list[str]], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    rng = random.Random(0)
+    kill_and_repeat(cli, compile_line(out), out, cache, [rng.uniform(0.3, 2.0) for _ in range(5)])
+    assert cli(*compile_line(out), cache=cache).status == 0
+    assert contents(out) == contents(tiny_artifact)
+    assert names(tmp_path) == ["cache", "out"]
+    assert [file for file in cache.rglob("*") if ".writing-" in file.name] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [False, True], ids=["nothing there", "an artifact there"])
+def test_killed_twenty_times_the_same_command_gives_the_same_artifact(
+    cli: Any, compile_line: Callable[..., list[str]], tiny_artifact: Path, tmp_path: Path, before: bool
+) -> None:
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    if before:
+        assert cli(*compile_line(out, "--keep", "1")).status == 0
+    rng = random.Random(1)
+    kill_and_repeat(cli, compile_line(out), out, cache, [rng.uniform(0.05, 3.0) for _ in range(20)])
+    assert cli(*compile_line(out), cache=cache).status == 0
+    assert contents(out) == contents(tiny_artifact)
+    assert names(tmp_path) == ["cache", "out"]
+    assert [file for file in cache.rglob("*") if ".writing-" in file.name] == []
+
+
+def test_two_compiles_at_once_under_one_name_both_succeed(
+    cli: Any, compile_line: Callable[..., list[str]], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    running = [cli.start(*compile_line(out), cache=cache) for _ in range(2)]
+    results = [each.wait() for each in running]
+    assert [result.status for result in results] == [0, 0], [result.err for result in results]
+    assert contents(out) == contents(tiny_artifact)
+    assert names(tmp_path) == ["cache", "out"]
+    assert is_artifact(out)
+    assert read_plan(out) == read_plan(tiny_artifact)

@@ -1,0 +1,501 @@
+"""The contract of a pass, over all passes in one table, and what a pass is promised by the registry."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from sparsec.calibrate.corpus import read_corpus
+from sparsec.calibrate.splits import Calibration
+from sparsec.compiler.pipeline import Job, compile_model
+from sparsec.compiler.recipe import make_recipe, read_recipe
+from sparsec.compiler.registry import GROUP, in_order, known_passes, make_passes
+from sparsec.errors import PlanError, UsageError
+from sparsec.events import Event
+from sparsec.layout import TENSORS
+from sparsec.passes.base import Cost, Pass, PassResult, Program, lacks
+from sparsec.plan import Plan
+from sparsec.plugins.families import attention_modules, shape_of
+from sparsec.plugins.load import load
+from sparsec.plugins.runtime import applied, check, tensor_names
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A row: the pass, and the options that make it different from tests/conftest.py's tiny ones. Before it run those
+# that it needs. A new pass gets a row here, and with it all tests of this file.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtpurbo": ("rtpurbo", {}),
+    "rtpurbo whole KV heads": ("rtpurbo", {"granularity": "kv_head"}),
+    "rtpurbo blocks after RoPE": ("rtpurbo", {"select": "block", "block": 8, "rope": "post"}),
+    "rtpurbo without training": ("rtpurbo", {"steps": 0, "target": "all"}),
+    "indexcache to a target": ("indexcache", {"keep": 0.5}),
+    "indexcache within a budget": ("indexcache", {"keep": None, "max_loss": 0.001}),
+}
+BEFORE = {"rtpurbo": [], "indexcache": ["rtpurbo"]}
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_deep: Path) -> Calibration:
+    return Calibration(read_corpus(), AutoTokenizer.from_pretrained(tiny_deep))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_deep: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_deep).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def make(tiny_options: dict[str, dict[str, Any]]) -> Callable[..., Pass]:
+    def build(name: str, **options: Any) -> Pass:
+        return known_passes()[name].model_validate({**tiny_options[name], **options})
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def prepared(model: Any, calibration: Calibration, make: Callable[..., Pass]) -> Callable[[str], Program]:
+    """The program that a pass is given, by the name of the pass; made once."""
+    done: dict[str, Program] = {}
+
+    def prepare(name: str) -> Program:
+        if name not in done:
+            program = Program(model, Plan.dense(shape_of(model.config), "test"), {}, seed=3)
+            for before in BEFORE[name]:
+                result = make(before).run(program, calibration)
+                program = Program(model, result.plan, result.tensors, seed=3)
+            done[name] = program
+        return done[name]
+
+    return prepare
+
+
+class Ran:
+    """A row of the table, run once."""
+
+    def __init__(self, each: Pass, program: Program, calibration: Calibration) -> None:
+        self.events: list[Event] = []
+        self.each, self.calibration = each, calibration
+        self.program = Program(program.model, program.plan, program.tensors, program.seed, self.events.append)
+        self.before = state(program.model)
+        self.result = each.run(self.program, calibration)
+        self.after = state(program.model)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def ran(
+    request: pytest.FixtureRequest,
+    prepared: Callable[[str], Program],
+    make: Callable[..., Pass],
+    calibration: Calibration,
+) -> Ran:
+    name, options = CASES[request.param]
+    return Ran(make(name, **options), prepared(name), calibration)
+
+
+@torch.no_grad()
+def state(model: Any) -> dict[str, Any]:
+    """All that a pass could change of a model and must not."""
+    ids = torch.arange(3, 259)[None]
+    return {
+        "logits": model(input_ids=ids).logits,
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "attention": model.config._attn_implementation,
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        "added": [name for module in model.modules() for name in vars(module) if name.startswith("sparsec")],
+        "training": model.training,
+        "gradients": [parameter.requires_grad for parameter in model.parameters()],
+        "parts": [name for name, _ in model.named_modules()],
+    }
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    return bool(left == right)
+
+
+def test_the_plan_is_another_one_and_valid(ran: Ran) -> None:
+    assert ran.result.plan != ran.program.plan
+    assert Plan.parse(ran.result.plan.to_json()) == ran.result.plan
+
+
+def test_plan_and_tensors_fit_the_model(ran: Ran) -> None:
+    check(ran.program.model, ran.result.plan, ran.result.tensors)
+    for tensor in ran.result.tensors.values():
+        assert (tensor.dtype, tensor.device.type, tensor.requires_grad) == (torch.float32, "cpu", False)
+
+
+def test_the_plan_has_what_the_pass_says_it_gives(ran: Ran) -> None:
+    assert lacks(ran.program.plan, ran.each.needs) == []
+    assert lacks(ran.result.plan, ran.each.gives) == []
+
+
+def test_the_model_is_left_dense(ran: Ran) -> None:
+    for key, value in ran.before.items():
+        assert same(value, ran.after[key]), key
+    assert ran.after["added"] == []
+
+
+def test_the_program_is_not_changed(ran: Ran) -> None:
+    assert not ran.program.plan.passes
+    assert set(ran.program.tensors) == set(tensor_names(ran.program.plan))
+
+
+def test_the_same_seed_gives_the_same_result(ran: Ran) -> None:
+    torch.manual_seed(99)  # a pass takes its randomness from program.seed alone
+    again = ran.each.run(
+        Program(ran.program.model, ran.program.plan, ran.program.tensors, ran.program.seed), ran.calibration
+    )
+    assert again.plan.digest == ran.result.plan.digest
+    assert same(dict(again.tensors), dict(ran.result.tensors))
+    assert again.measured == ran.result.measured
+
+
+def test_measurements_survive_json(ran: Ran) -> None:
+    measured = dict(ran.result.measured)
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+
+
+def test_progress_is_reported_in_words_that_end_whole(ran: Ran) -> None:
+    assert ran.events
+    last: dict[str, Event] = {event.stage: event for event in ran.events if event.total}
+    assert all(event.done == event.total for event in last.values()), last
+    assert all("\n" not in event.stage + event.note for event in ran.events)
+
+
+def test_the_model_answers_under_the_plan(ran: Ran) -> None:
+    with applied(ran.program.model, ran.result.plan, ran.result.tensors):
+        out = ran.program.model.generate(
+            input_ids=torch.arange(3, 203)[None], attention_mask=torch.ones(1, 200), max_new_tokens=3, do_sample=False
+        )
+    assert out.shape == (1, 203)
+
+
+def test_a_cost_is_expected(ran: Ran) -> None:
+    found = ran.each.cost(ran.program.plan, 1024)
+    assert found.tokens > 0
+    assert found.resident >= 0
+    # --dry-run knows no plan but the dense one.
+    assert ran.each.cost(Plan.dense(ran.program.plan.model, "test"), 1024).tokens > 0
+
+
+def test_a_configuration_round_trips_through_a_recipe(ran: Ran, tmp_path: Path) -> None:
+    made = make_recipe({"passes": {ran.each.name: ran.each.model_dump(mode="json")}})
+    (tmp_path / "recipe.yaml").write_text(made.to_yaml())
+    again = make_recipe(read_recipe(tmp_path / "recipe.yaml"))
+    assert again == made
+    kind = known_passes()[ran.each.name]
+    assert kind.model_validate(again.passes[ran.each.name]) == ran.each
+
+
+@pytest.mark.parametrize("name", known_passes())
+class TestDeclared:
+    """What a pass says about itself."""
+
+    def test_it_is_registered_under_its_name(self, name: str) -> None:
+        (entry,) = entry_points(group=GROUP, name=name)
+        assert entry.load() is known_passes()[name]
+        assert known_passes()[name].name == name
+
+    def test_it_has_a_row_here_and_a_page(self, name: str) -> None:
+        assert name in {case[0] for case in CASES.values()}
+        assert (ROOT / "docs" / "passes" / f"{name}.md").is_file()
+
+    def test_it_says_what_it_is(self, name: str) -> None:
+        kind = known_passes()[name]
+        assert kind.tier in ("training-free", "minutes", "hours")
+        assert kind.summary
+        assert "\n" not in kind.summary
+        assert "arXiv" in kind.source
+        assert kind.__doc__
+        assert not set(kind.after) & set(kind.conflicts)
+
+    def test_every_option_has_a_default_and_a_description(self, name: str) -> None:
+        kind = known_passes()[name]
+        assert kind() == kind()
+        assert all(field.description for field in kind.model_fields.values())
+
+    def test_an_unknown_option_names_the_nearest(self, name: str) -> None:
+        option = next(iter(known_passes()[name].model_fields))
+        with pytest.raises(UsageError, match=f"{name} has no option '{option}s': did you mean '{option}'"):
+            make_passes({name: {f"{option}s": 1}})
+
+    def test_a_wrong_value_names_the_option(self, name: str) -> None:
+        option = next(iter(known_passes()[name].model_fields))
+        with pytest.raises(UsageError, match=rf"^{name}\.{option}: ") as caught:
+            make_passes({name: {option: "nonsense"}})
+        assert "\n" not in str(caught.value)
+
+
+# Sharing patterns
+
+INDEXED = (0, 2, 3, 5, 6, 7)
+
+
+@pytest.fixture(scope="module")
+def indexed(make_checkpoint: Callable[..., Path]) -> Program:
+    """8 layers, 6 of them with indexers of random numbers."""
+    folder = make_checkpoint(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+        )
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    plan = Plan.dense(shape_of(model.config), "test").edit(
+        window={"size": 32, "sinks": 4},
+        selector={"rank": 4, "rope": "pre", "top_p": 0.5, "granularity": "token", "block": 64, "sinks": 2, "recent": 4},
+        layers=[
+            {"heads": [1, 0, 0, i % 2], "index": "full"} if i in INDEXED else {"heads": [0, 0, 0, 0]} for i in range(8)
+        ],
+    )
+    torch.manual_seed(0)  # drawn so that sharing first helps and then hurts, as a budget needs it
+    tensors = {name: torch.randn(size) for name, size in tensor_names(plan).items()}
+    return Program(model, plan, tensors, seed=0)
+
+
+def search(make: Callable[..., Pass], program: Program, calibration: Calibration, **options: Any) -> PassResult:
+    return make("indexcache", windows=1, documents=1, rows=64, **options).run(program, calibration)
+
+
+def test_reuse_changes_nothing_but_the_work(
+    make: Callable[..., Pass], indexed: Program, calibration: Calibration
+) -> None:
+    quick = search(make, indexed, calibration, keep=0.3)
+    plain = search(make, indexed, calibration, keep=0.3, reuse=False)
+    assert quick.plan == plain.plan
+    work = ("layer_evaluations", "layer_evaluations_plain")
+    # Losses to the last bit: a candidate that is rounded otherwise could be another one's equal.
+    assert {k: v for k, v in quick.measured.items() if k not in work} == {
+        k: v for k, v in plain.measured.items() if k not in work
+    }
+    assert len({loss for flip in quick.measured["flips"] for loss in flip["trials"].values()}) > 6
+    assert quick.measured["layer_evaluations"] <= 0.6 * plain.measured["layer_evaluations"]
+    assert quick.measured["layer_evaluations_plain"] <= plain.measured["layer_evaluations"]
+
+
+@pytest.mark.parametrize(("keep", "full"), [(0.01, 1), (0.3, 2), (0.5, 3), (1.0, 6)])
+def test_a_target_is_met_and_the_first_indexed_layer_stays_full(
+    make: Callable[..., Pass], indexed: Program, calibration: Calibration, keep: float, full: int
+) -> None:
+    result = search(make, indexed, calibration, keep=keep)
+    assert result.plan.pattern.count("F") == full
+    assert result.plan.pattern[0] == "F"
+    assert result.plan.indexed() == INDEXED
+    assert result.measured["stopped"] == "target"
+    assert set(result.tensors) == set(tensor_names(result.plan))
+    assert all(same(tensor, indexed.tensors[name]) for name, tensor in result.tensors.items())
+
+
+def test_every_flip_is_the_one_of_the_lowest_loss(
+    make: Callable[..., Pass], indexed: Program, calibration: Calibration
+) -> None:
+    flips = search(make, indexed, calibration, keep=0.3).measured["flips"]
+    left = set(INDEXED[1:])
+    for flip in flips:
+        assert {int(layer) for layer in flip["trials"]} == left
+        assert flip["loss"] == min(flip["trials"].values()) == flip["trials"][str(flip["layer"])]
+        left.remove(flip["layer"])
+
+
+def test_a_budget_is_kept(make: Callable[..., Pass], indexed: Program, calibration: Calibration) -> None:
+    free = search(make, indexed, calibration, keep=None, max_loss=10).measured
+    assert free["pattern"] == "FSSSSS"
+    rises = [flip["loss"] / free["loss_before"] - 1 for flip in free["flips"]]
+    assert max(rises) > 0  # else this tests nothing
+    for allowed in (0.0, max(rises) / 2):
+        found = search(make, indexed, calibration, keep=None, max_loss=allowed).measured
+        assert found["loss_after"] <= found["loss_before"] * (1 + allowed)
+        kept = [flip["loss"] <= free["loss_before"] * (1 + allowed) for flip in free["flips"]]
+        assert len(found["flips"]) == kept.index(False)
+        assert found["flips"] == free["flips"][: len(found["flips"])]
+        assert found["stopped"] == "budget"
+
+
+def test_one_indexed_layer_has_nothing_to_share(
+    make: Callable[..., Pass], indexed: Program, calibration: Calibration
+) -> None:
+    layers = [layer.model_dump() for layer in indexed.plan.layers]
+    plan = indexed.plan.edit(layers=[{"heads": layer["heads"]} if i else layer for i, layer in enumerate(layers)])
+    only = {name: indexed.tensors[name] for name in tensor_names(plan)}
+    result = search(make, Program(indexed.model, plan, only), calibration)
+    assert result.plan.pattern == "F"
+    assert result.measured["flips"] == []
+
+
+def test_neither_target_nor_budget_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="give keep"):
+        make_passes({"rtpurbo": {}, "indexcache": {"keep": None}})
+
+
+@pytest.mark.parametrize(("given", "share"), [("25%", 0.25), ("0.5%", 0.005), (0.25, 0.25)])
+def test_shares_may_be_percents(given: Any, share: float) -> None:
+    made: Any = make_passes({"rtpurbo": {}, "indexcache": {"keep": given, "max_loss": given}})[1]
+    assert (made.keep, made.max_loss) == (share, share)
+
+
+def test_heads_are_split_once(make: Callable[..., Pass], indexed: Program, calibration: Calibration) -> None:
+    with pytest.raises(PlanError, match="already has local heads: run it first"):
+        make("rtpurbo").run(indexed, calibration)
+
+
+def test_whole_kv_heads_are_kept_or_freed(
+    make: Callable[..., Pass], prepared: Callable[[str], Program], calibration: Calibration
+) -> None:
+    plan = make("rtpurbo", granularity="kv_head").run(prepared("rtpurbo"), calibration).plan
+    for layer in plan.layers:
+        assert len(layer.local) == plan.model.group * len(layer.local_kv_heads(plan.model.group))
+
+
+# Order
+
+
+class Fake(Pass):
+    """Does nothing, wherever it stands."""
+
+    name: ClassVar[str] = "fake"
+    tier: ClassVar[Literal["minutes"]] = "minutes"
+    summary: ClassVar[str] = "nothing"
+    source: ClassVar[str] = "nobody"
+
+    def run(self, program: Program, calibration: Calibration) -> PassResult:
+        raise NotImplementedError
+
+    def cost(self, plan: Plan, max_positions: int) -> Cost:
+        return Cost(1)
+
+
+def fake(name: str, **declared: Any) -> Pass:
+    return type(name, (Fake,), {"name": name, "__module__": __name__, **declared})()
+
+
+def names(passes: list[Pass]) -> list[str]:
+    return [each.name for each in passes]
+
+
+def test_the_order_on_the_command_line_does_not_matter() -> None:
+    for given in ({"rtpurbo": {}, "indexcache": {}}, {"indexcache": {}, "rtpurbo": {}}):
+        assert names(make_passes(given)) == ["rtpurbo", "indexcache"]
+
+
+def test_passes_run_after_those_they_want_to_and_else_as_given() -> None:
+    given = [fake("c", after=("a", "x")), fake("b"), fake("a")]
+    assert names(in_order(given)) == ["b", "a", "c"]
+
+
+def test_a_circle_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="each want to run after another: a, b"):
+        in_order([fake("a", after=("b",)), fake("b", after=("a",))])
+
+
+def test_passes_that_exclude_each_other_are_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="a and b exclude each other: drop one"):
+        in_order([fake("b"), fake("a", conflicts=("b",))])
+
+
+def test_what_a_pass_needs_must_be_given_before_it() -> None:
+    with pytest.raises(UsageError, match="late needs indexers: add one of rtpurbo to --passes"):
+        in_order([fake("late", needs=("indexers",))])
+    before = fake("before", gives=("indexers",), after=("late",))
+    with pytest.raises(UsageError, match="late needs indexers"):
+        in_order([fake("late", needs=("indexers",)), before])
+
+
+# Third parties
+
+THIRD_PARTY = '''
+from typing import ClassVar
+
+from pydantic import Field
+from sparsec.passes.base import Cost, Pass, PassResult
+
+
+class Window(Pass):
+    """Every head sees a window."""
+
+    name: ClassVar[str] = "allwindow"
+    tier: ClassVar[str] = "training-free"
+    summary: ClassVar[str] = "window every head"
+    source: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
+    gives: ClassVar[tuple[str, ...]] = ("heads",)
+
+    size: int = Field(default=64, ge=1, description="tokens")
+
+    def run(self, program, calibration):
+        heads = (0,) * program.plan.model.heads
+        layers = [{"heads": heads if layer.heads else None} for layer in program.plan.layers]
+        plan = program.plan.edit(layers=layers, window={"size": self.size, "sinks": 4})
+        return PassResult(plan, {}, {"windowed": len(layers)})
+
+    def cost(self, plan, max_positions):
+        return Cost(tokens=0)
+'''
+
+
+@pytest.fixture
+def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``distribution(code, allwindow="module:Class")`` installs a package with these entry points for this test."""
+
+    def install(code: str, **passes: str) -> None:
+        place = tmp_path / "site"
+        info = place / "thirdparty-1.0.dist-info"
+        info.mkdir(parents=True)
+        (place / "thirdparty_pass.py").write_text(code)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: thirdparty\nVersion: 1.0\n")
+        lines = [f"{name} = {target}" for name, target in passes.items()]
+        (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]))
+        monkeypatch.syspath_prepend(str(place))
+
+    yield install
+    sys.modules.pop("thirdparty_pass", None)
+
+
+def test_a_third_partys_pass_is_listed_and_compiles(
+    distribution: Callable[..., None], tiny_deep: Path, tmp_path: Path
+) -> None:
+    distribution(THIRD_PARTY, allwindow="thirdparty_pass:Window")
+    assert list(known_passes()) == ["allwindow", "indexcache", "rtpurbo"]
+    gate = {"context": 256, "max_loss": 1}
+    recipe = make_recipe({"passes": {"allwindow": {"size": 32}}, "gate": gate})
+    out = tmp_path / "out"
+    compile_model(Job(str(tiny_deep), out, recipe, tmp_path / "cache"))
+    assert not (out / TENSORS).exists()
+    model, _ = load(out)
+    assert model.sparsec_plan.window.size == 32
+    assert [record.name for record in model.sparsec_plan.passes] == ["allwindow"]
+    assert all(module.sparsec.local_kv.numel() == 2 for module in attention_modules(model))
+
+
+def test_a_third_partys_broken_pass_stops_only_those_who_ask_for_it(distribution: Callable[..., None]) -> None:
+    distribution("import nonsense_that_is_nowhere", broken="thirdparty_pass:Broken")
+    assert names(make_passes({"rtpurbo": {}})) == ["rtpurbo"]
+    for ask in (known_passes, lambda: make_passes({"broken": {}})):
+        with pytest.raises(UsageError, match=r"the pass 'broken' \(thirdparty_pass:Broken\) cannot be imported .*: un"):
+            ask()
+
+
+def test_something_else_under_a_passs_name_is_refused(distribution: Callable[..., None]) -> None:
+    distribution(THIRD_PARTY, other="thirdparty_pass:Window")
+    with pytest.raises(UsageError, match="is no pass named 'other'"):
+        known_passes()
+
+
+def test_a_name_that_is_taken_is_refused(distribution: Callable[..., None]) -> None:
+    distribution(THIRD_PARTY, rtpurbo="thirdparty_pass:Window")
+    with pytest.raises(UsageError, match="are both named 'rtpurbo': uninstall one"):
+        make_passes({"rtpurbo": {}})
