@@ -1,6 +1,6 @@
 """What attention sees: q, k, v of every layer of a dense forward, after q/k-norm and rotary embedding.
 
-Captured at Transformers' attention interface, the one place that all families pass through (traps T-10, T-57: a hook
+Captured at Transformers' attention interface, the one place that all families pass through (a hook
 on ``q_proj`` misses norms and fused projections).
 """
 

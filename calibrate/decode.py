@@ -2,7 +2,7 @@
 
 A window is a prompt (prefill rows) and the rest (decode rows): the prompt fills the cache, then all later tokens run
 as one chunk of decode rows, each with its own selection. That equals as many decode steps (tests/test_contract.py) and
-is not the perplexity of one mask for all rows (trap T-2).
+is not the perplexity of one mask for all rows, which runs neither prefill nor decode.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def nll(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Loss over decode rows of several windows; bits per byte compares across tokenizers (trap T-44)."""
+    """Loss over decode rows of several windows; bits per byte compares across tokenizers, perplexity does not."""
 
     windows: tuple[float, ...]  # bits per byte of each window
     bits_per_byte: float

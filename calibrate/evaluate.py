@@ -5,7 +5,7 @@
     split       the artifact's head split, retrieval heads dense in decode too: training-free, no selector
     artifact    the plan
 
-One harness, the same windows and prompts for all. A selector that keeps more looks better (trap T-24), so tokens kept
+One harness, the same windows and prompts for all. A selector that keeps more looks better, so tokens kept
 and true-attention mass recall stand beside the quality.
 """
 

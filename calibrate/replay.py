@@ -36,7 +36,7 @@ class Replay:
         self.calls: list[dict[str, Any]] = []  # what each layer was called with, beside the hidden states
         self.inputs: list[Tensor] = []  # hidden states at each layer boundary under the accepted plan
         self.index_sets: dict[tuple[int, int], Tensor] = {}
-        self.evaluated = 0  # layer-forwards so far
+        self.evaluated = len(self.layers)  # layer-forwards so far; the recording call below is the first
         cache = new_cache(model)
         with rows_as("prefill"):
             model.get_decoder()(input_ids=tokens[None, :prompt].to(model.device), past_key_values=cache, use_cache=True)

@@ -50,9 +50,9 @@ def put(aside: Path, out: Path) -> None:
     """Push ``aside`` to the disk and rename it to ``out``; an artifact there is replaced, anything else kept."""
     out = out.resolve()
     sync(aside)
+    replaced = _replaced(out)
     with locked(out.parent):
-        recover(out)
-        replaced = _replaced(out)
+        _put_back(out)
         if replaced.exists():
             shutil.rmtree(replaced)
         try:
@@ -60,7 +60,7 @@ def put(aside: Path, out: Path) -> None:
                 out.rename(replaced if is_artifact(out) else _kept_name(out))
             aside.rename(out)
         finally:
-            recover(out)
+            _put_back(out)
         sync_folder(out.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
@@ -69,8 +69,9 @@ def put(aside: Path, out: Path) -> None:
 def recover(out: Path) -> None:
     """Put an artifact back that a writer had moved away when it was stopped between its two renames."""
     out = out.resolve()
-    if not out.exists() and _replaced(out).exists():
-        _replaced(out).rename(out)
+    if out.parent.is_dir():
+        with locked(out.parent):
+            _put_back(out)
 
 
 def check_free(out: Path, *, force: bool) -> None:
@@ -81,13 +82,16 @@ def check_free(out: Path, *, force: bool) -> None:
             written there.
     """
     out = out.resolve()
-    if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out} is a file: choose another output folder")
-    if out.is_dir() and any(out.iterdir()) and not is_artifact(out) and not force:
-        raise ArtifactError(f"{out} exists and is no artifact of ours: choose another name, or --force moves it aside")
     parent = _existing(out.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ArtifactError(f"nothing can be written in {parent}: choose another output folder")
+    with locked(parent):  # another writer may just be renaming
+        if out.exists() and not out.is_dir():
+            raise ArtifactError(f"{out} is a file: choose another output folder")
+        if out.exists() and any(out.iterdir()) and not is_artifact(out) and not force:
+            raise ArtifactError(
+                f"{out} exists and is no artifact of ours: choose another name, or --force moves it aside"
+            )
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -162,6 +166,11 @@ def _existing(folder: Path) -> Path:
 
 def _replaced(out: Path) -> Path:
     return out.with_name(f".{out.name}.replaced")
+
+
+def _put_back(out: Path) -> None:
+    if not out.exists() and _replaced(out).exists():
+        _replaced(out).rename(out)
 
 
 def _kept_name(out: Path) -> Path:

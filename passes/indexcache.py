@@ -42,7 +42,7 @@ class IndexCache(Pass):
         default=None, ge=0, description="stop before the search text's loss rises by more than this share"
     )
     context: int | None = Field(default=None, ge=128, description="tokens a search window; null: 4 windows")
-    rows: int = Field(default=256, ge=16, description="decode rows of each, the last ones; the rest is the prompt")
+    rows: int = Field(default=128, ge=16, description="decode rows of each, the last ones; the rest is the prompt")
     windows: int = Field(default=2, ge=1, description="search windows of text, fixed for the whole search")
     documents: int = Field(default=2, ge=0, description="needle documents searched on beside them (ours)")
     needles: int = Field(default=4, ge=1, description="needles a document")
@@ -76,6 +76,7 @@ class IndexCache(Pass):
             base = _mean(replay.losses for replay in replays)
             done, plain = 0, len(windows) * plan.model.layers
             loss, history, stopped = base, [], "target"
+            listen(Event("search sharing pattern", 0, total))
             for _ in range(flips):
                 trials: dict[int, float] = {}
                 for layer in candidates:
@@ -132,7 +133,7 @@ class IndexCache(Pass):
 
     def _windows(self, plan: Plan, calibration: Calibration, length: int, seed: int) -> list[Tensor]:
         """Text, and needle documents whose later needles are decode rows: mean loss on text alone hardly sees an
-        indexer (trap T-35), so the pattern would be decided by noise."""
+        indexer, so the pattern would be decided by noise."""
         texts = list(calibration.windows("search", length, self.windows, seed=seed))
         if not self.documents:
             return texts

@@ -1,8 +1,8 @@
 """The selector of retrieval heads: low-rank scores, softmax over causal keys, top-p, forced tokens.
 
 RTPurbo (arXiv 2605.16928), "Offline calibration" and "top-p decoding": s_h(m, n) = (Wq_h q_m)·(Wk_h k_n), keep the
-largest until their softmax mass reaches p. Where sinks hold most of the mass, p is reached with hardly any other key
-(trap T-8), so a floor of ``min_keep`` unforced keys can be set. Nothing is divided by sqrt(rank): the weights were
+largest until their softmax mass reaches p. Where sinks hold most of the mass, p is reached with hardly any other key,
+so a floor of ``min_keep`` unforced keys can be set. Nothing is divided by sqrt(rank): the weights were
 trained on softmax(s), so any scale is inside them and p means what it meant in training.
 """
 

@@ -73,6 +73,8 @@ def serve() -> None:
         else:
             pid = os.fork()
             if not pid:
+                requests.close()
+                answers.close()
                 os._exit(run(request))
             answer = {"pid": pid}
         print(json.dumps(answer), file=answers, flush=True)

@@ -117,8 +117,8 @@ TINY_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def tiny_options() -> dict[str, dict[str, Any]]:
-    """Options of both passes and the gate; the caller's copy."""
-    return {owner: dict(options) for owner, options in TINY_OPTIONS.items()}
+    """Options of both passes and the gate; do not change them."""
+    return TINY_OPTIONS
 
 
 @pytest.fixture(scope="session")
@@ -182,7 +182,12 @@ class Commands:
         server = [sys.executable, str(Path(__file__).with_name("command_server.py"))]
         alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
         self.server = subprocess.Popen(
-            server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **alone}
+            server,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **alone},
+            start_new_session=True,
         )
 
     def _ask(self, **request: Any) -> dict[str, Any]:
@@ -193,7 +198,12 @@ class Commands:
         return answer
 
     def start(
-        self, *argv: str | Path, cache: Path | None = None, stdin: str | bytes = "", file_size: int = 0, stderr: str = ""
+        self,
+        *argv: str | Path,
+        cache: Path | None = None,
+        stdin: str | bytes = "",
+        file_size: int = 0,
+        stderr: str = "",
     ) -> Running:
         """Start a command in an empty folder.
 
@@ -209,6 +219,7 @@ class Commands:
         folder.mkdir()
         streams = {name: str(folder.with_suffix(f".{name}")) for name in ("stdin", "stdout", "stderr")}
         Path(streams["stdin"]).write_bytes(stdin if isinstance(stdin, bytes) else stdin.encode())
+        Path(streams["stderr"]).touch()
         answer = self._ask(
             argv=[str(part) for part in argv],
             cwd=str(folder),
@@ -223,7 +234,8 @@ class Commands:
         return self.start(*argv, **options).wait()
 
     def close(self) -> None:
-        """End the server."""
+        """End the server and every command that still runs."""
+        os.killpg(self.server.pid, signal.SIGKILL)
         self.server.communicate()
 
 
@@ -236,14 +248,20 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(
+def tiny_compiled(
     cli: Commands, compile_line: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """``tiny_deep`` compiled with both passes; do not write into the folder."""
+) -> tuple[Path, Result]:
+    """The artifact of ``tiny_deep`` under both passes, and what its compile printed."""
     out = tmp_path_factory.mktemp("artifacts") / "tiny"
     result = cli(*compile_line(out))
     assert result.status == 0, result.err
-    return out
+    return out, result
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_compiled: tuple[Path, Result]) -> Path:
+    """``tiny_deep`` compiled with both passes; do not write into the folder."""
+    return tiny_compiled[0]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

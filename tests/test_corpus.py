@@ -29,7 +29,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsec.calibrate import corpus as corpus_module
 from sparsec.calibrate.corpus import Corpus, Document, read_corpus
-from sparsec.calibrate.splits import SPLITS, Calibration, near_duplicates
+from sparsec.calibrate.duplicates import near_duplicates
+from sparsec.calibrate.splits import SPLITS, Calibration
 from sparsec.errors import CalibrationError, UsageError
 
 
