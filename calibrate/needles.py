@@ -121,7 +121,7 @@ def draw_words(vocabulary: Iterable[str], text: str, count: int, rng: random.Ran
     if len(fresh) < count:
         raise CalibrationError(
             f"{count} ordinary words are needed that a text of {len(text)} characters has not, and its split has "
-            f"{len(fresh)}: name more text with --calibration, or a shorter --context"
+            f"{len(fresh)}: name more text with --calibration, or set a shorter context"
         )
     return rng.sample(fresh, count)
 

@@ -113,7 +113,7 @@ class Calibration:
             raise CalibrationError(
                 f"the {split} text has {most} of the {count} windows of {length} tokens that are needed: "
                 f"the longest of its {len(documents)} documents has {longest} tokens, all together "
-                f"{self.tokens(split)}; name more or longer text with --calibration, or a shorter --context"
+                f"{self.tokens(split)}; name more or longer text with --calibration, or set a shorter context"
             )
         rng = random.Random(f"{self.seed}/{split}/{length}/{seed}")
         starts: list[tuple[torch.Tensor, int]] = []

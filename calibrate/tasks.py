@@ -189,7 +189,7 @@ def _room(task: str, length: int, added: int, gap: int | None) -> range:
         needed = next(longer for longer in itertools.count(length) if room(longer))
         raise CalibrationError(
             f"{length} tokens cannot hold the task {task} with a gap of {_gap(length, gap)} tokens before its "
-            f"question: use prompts of {needed} tokens or more, or a smaller gap"
+            f"question: use prompts of {needed} tokens or more"
         )
     return room(length)
 

@@ -32,7 +32,7 @@ RECIPE = {
         },
         "indexcache": {"context": 768, "rows": 128, "windows": 1, "documents": 1, "needles": 3, "needle_words": 16},
     },
-    "gate": {"context": 768, "rows": 256, "max_loss": 0.1},
+    "gate": {"context": 768, "rows": 256, "max_loss": 0.1, "min_recall": 0.7},
 }  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_the_gate_judged_the_artifact_and_not_the_dense_model(compiled: Any) -> 
     gate = compiled[1].measurements["gate"]
     assert gate["passed"]
     assert gate["artifact"]["bits_per_byte"] != gate["dense"]["bits_per_byte"]
-    assert gate["selector"]["recall_mean"] > 0.8
+    assert gate["selector"]["recall_mean"] > 0.7
     assert gate["artifact"]["kv_bytes"] < 0.75 * gate["dense"]["kv_bytes"]
 
 
