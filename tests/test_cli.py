@@ -45,7 +45,7 @@ def test_the_console_script_starts_without_torch() -> None:
     code = (
         "import sys, sparsec.compiler.cli as c; c.cli(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.endswith("False\n")
     command = [Path(sys.executable).with_name("sparsec"), "--version"]
     script = subprocess.run(command, capture_output=True, text=True, check=True)

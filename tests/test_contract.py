@@ -506,7 +506,11 @@ def saved(make_checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[Path, P
 
 def run_python(code: str, *arguments: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

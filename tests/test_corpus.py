@@ -292,7 +292,7 @@ def test_a_hub_data_set_is_streamed_from_a_recorded_commit(hub: str, tmp_path: P
     """
     env = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     run = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
     )
     rows, name, made_of, missing = run.stdout.splitlines()
     assert rows == str([f"Document {i}." for i in range(4)])
@@ -310,7 +310,7 @@ def test_a_hub_data_set_without_a_network_or_library_is_one_line(
         assert "pip install 'sparsec[data]'" in failure(lambda: read_corpus("org/name"))
     code = "from sparsec.calibrate.corpus import read_corpus; read_corpus('org/name')"
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=False)
     last = run.stderr.splitlines()[-1]
     assert "CalibrationError: 'org/name' is no file or folder, and no readable Hub data set" in last
     assert "check the name and the network" in last

@@ -657,7 +657,7 @@ def open_in_new_process(home: Path, specs: list[tuple[str, str | None]], **envir
     """Each spec's source or error. The Hub's client reads its settings once: each needs a new process."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", OPEN_MANY, str(home / "cache"), json.dumps(specs)],
+        [sys.executable, "-P", "-W", "error", "-c", OPEN_MANY, str(home / "cache"), json.dumps(specs)],
         env={**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
         capture_output=True,
         text=True,
