@@ -25,7 +25,7 @@ from sparsec.errors import PlanError
 from sparsec.plan import Plan
 from sparsec.plugins.attention import Step, layer_runtime, sparsec_attention
 from sparsec.plugins.cache import SparseLayer
-from sparsec.plugins.families import attention_modules, decoder_layers, native_local_layers, shape_of
+from sparsec.plugins.families import attention_modules, native_local_layers, shape_of
 from sparsec.plugins.selector import Indexer
 
 NAME = "sparsec"
@@ -256,7 +256,6 @@ __all__ = [
     "Step",
     "applied",
     "check",
-    "decoder_layers",
     "fill_cache",
     "indexer_tensors",
     "install",
