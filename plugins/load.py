@@ -55,9 +55,7 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str = "auto") -> Loade
         reason = " ".join(str(error).split())[:240] or type(error).__name__
         raise ArtifactError(f"{path} cannot be loaded ({reason}): copy or compile it again") from error
     if getattr(model, "sparsec_plan", None) is None:
-        raise ArtifactError(
-            f"{path} opened without its plan: this transformers release is not supported, see README.md"
-        )
+        raise ArtifactError(f"{path} opened without its plan: install a transformers release that sparsec requires")
     lost = sorted(info["missing_keys"])
     if lost:
         raise ArtifactError(f"{path} lacks the weights {', '.join(lost[:3])}: copy or compile it again")
