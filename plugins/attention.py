@@ -20,6 +20,7 @@ from sparsec.plan import LayerPlan, Plan
 from sparsec.plugins.cache import SparseLayer
 from sparsec.plugins.selector import Indexer, causal, select, unrotate
 
+BANDED = 1 << 24  # rows x window up to which all tiles of a prompt run in one call: its mask is held at once
 ROWS = 512  # rows a tile: what is held at once is [heads, ROWS, keys], never rows x keys of a whole prompt
 
 
@@ -41,6 +42,7 @@ class Step:
     """What the layers of one forward call share. Made anew for every call, so no index set outlives its query."""
 
     decode: bool
+    prompt: int = 0  # where decode: the call's first so many rows are prefill rows all the same
     commit: bool = True  # False: the cache is read, not written
     observe: Callable[[Selection], None] | None = None
     index_sets: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (layer, tile) -> keep
@@ -184,12 +186,19 @@ def _full(
     if len(rt.retrieval):
         heads = torch.searchsorted(rt.full_kv, rt.retrieval // group)
         q, k, v = q[:, rt.retrieval], k[:, heads], v[:, heads]
-        if step.decode and rt.layer.index != "none":
-            out[:, rt.retrieval] = _selected(rt, step, q, k, v, index, pos, scale)
-        else:
-            out[:, rt.retrieval] = dense(q, k, v, q_pos, pos, scale)
+        prompt = min(step.prompt, rows) if step.decode and rt.layer.index != "none" else rows
+        parts = []
+        if prompt:
+            seen = pos.shape[1] - rows + prompt
+            parts.append(
+                dense(q[:, :, :prompt], k[:, :, :seen], v[:, :, :seen], q_pos[:, :prompt], pos[:, :seen], scale)
+            )
+        if prompt < rows:
+            parts.append(_selected(rt, step, q[:, :, prompt:], k, v, index, pos, scale))
+        out[:, rt.retrieval] = torch.cat(parts, 2)
 
 
+@torch.no_grad()
 def _index_keys(rt: LayerRuntime, k: Tensor) -> Tensor | None:
     """Projected keys of the new tokens: [batch, retrieval heads, rows, rank]; shared layers have none."""
     if rt.indexer is None or rt.plan.selector is None:
@@ -199,12 +208,14 @@ def _index_keys(rt: LayerRuntime, k: Tensor) -> Tensor | None:
 
 
 def _as_selector_sees(rt: LayerRuntime, x: Tensor) -> Tensor:
+    """x: [batch, heads, rows, head_dim], the call's last so many rows."""
     assert rt.plan.selector is not None
     if rt.plan.selector.rope == "post":
         return x
     if rt.rope is None:
         raise ValueError("the selector reads q and k before RoPE, but the model passed no position embeddings")
-    return unrotate(x, *rt.rope)
+    cos, sin = (table[:, -x.shape[2] :] for table in rt.rope)
+    return unrotate(x, cos, sin)
 
 
 def _selected(
@@ -221,18 +232,14 @@ def _selected(
     plan, rows = rt.plan, q.shape[2]
     assert plan.selector is not None
     source = plan.index_source(rt.number)
-    queries = rt.indexer.queries(_as_selector_sees(rt, q)) if rt.indexer is not None else None
     parts = []
     for tile, start in enumerate(range(0, rows, ROWS)):
         stop = min(start + ROWS, rows)
         seen = pos.shape[1] - rows + stop  # later keys are invisible to this tile
         q_pos, k_pos = pos[:, pos.shape[1] - rows :][:, start:stop], pos[:, :seen]
-        if queries is not None and index is not None:
-            scores = queries[:, :, start:stop] @ index[:, :, :seen].float().transpose(-1, -2)
-            keep = select(scores, q_pos, k_pos, plan.selector, plan.min_context)
-            step.index_sets[source, tile] = keep
-        else:
-            keep = step.index_sets[source, tile].to(q.device)
+        if (source, tile) not in step.index_sets:
+            step.index_sets[source, tile] = _choose(rt, q, start, stop, index, q_pos, k_pos)
+        keep = step.index_sets[source, tile].to(q.device)
         if step.observe is not None:
             visible = causal(q_pos, k_pos)
             heads = rt.layer.retrieval
@@ -244,6 +251,19 @@ def _selected(
             mask = keep | (q_pos < 0)[:, None, :, None]
             parts.append(F.scaled_dot_product_attention(part_q, part_k, part_v, attn_mask=mask, scale=scale))
     return torch.cat(parts, 2)
+
+
+@torch.no_grad()
+def _choose(
+    rt: LayerRuntime, q: Tensor, start: int, stop: int, index: Tensor | None, q_pos: Tensor, k_pos: Tensor
+) -> Tensor:
+    """The keys that rows start .. stop keep: [batch, heads or 1, rows, keys]. No gradient goes through a choice."""
+    assert rt.indexer is not None
+    assert index is not None
+    assert rt.plan.selector is not None
+    queries = rt.indexer.queries(_as_selector_sees(rt, q)[:, :, start:stop])
+    scores = queries @ index[:, :, : k_pos.shape[1]].float().transpose(-1, -2)
+    return select(scores, q_pos, k_pos, rt.plan.selector, rt.plan.min_context)
 
 
 def gathered(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Tensor:
@@ -288,6 +308,9 @@ def windowed(
     assert plan.window is not None
     size, sinks = plan.window.size, plan.window.sinks
     rows, keys = q.shape[2], k.shape[2]
+    whole = rows == keys > max(size + sinks, ROWS) and plan.min_context <= size + sinks
+    if whole and rows * size <= BANDED and bool((k_pos[:, 0] == 0).all()):
+        return banded(q, k, v, heads, size, sinks, scale)
     parts = []
     for start in range(0, rows, ROWS):
         stop = min(start + ROWS, rows)
@@ -303,6 +326,37 @@ def windowed(
         tile_k, tile_v = tile_k[:, heads], tile_v[:, heads]
         parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], tile_k, tile_v, attn_mask=mask, scale=scale))
     return torch.cat(parts, 2)
+
+
+def banded(q: Tensor, k: Tensor, v: Tensor, heads: Tensor, size: int, sinks: int, scale: float) -> Tensor:
+    """:func:`windowed` for whole prompts, padded on the right at most: all tiles of rows in one call.
+
+    A tile is at least a window long, so its keys are the tile before it, itself and the sinks.
+    """
+    batch, rows = q.shape[0], q.shape[2]
+    tile = max(size, 128)
+    tiles = -(-rows // tile)
+    columns = -(-sinks // 8) * 8  # fused kernels want masks of aligned rows; the columns behind the sinks are masked
+
+    def tiled(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, tiles * tile - rows)).unflatten(2, (tiles, tile))
+
+    def keys(x: Tensor) -> Tensor:
+        own = tiled(x)
+        before = F.pad(own, (0, 0, 0, 0, 1, 0))[:, :, :-1]
+        first = x[:, :, None, :columns].expand(-1, -1, tiles, -1, -1)
+        return torch.cat((before, own, first), 3)[:, heads].transpose(1, 2).flatten(0, 1)
+
+    t = torch.arange(tiles * tile, device=q.device).view(tiles, tile, 1)
+    j = torch.arange(2 * tile, device=q.device) - tile + t[:, :1]
+    near = (j >= 0) & (j <= t) & (t - j < size)
+    j = torch.arange(columns, device=q.device)
+    first = (j < sinks) & (t - j >= size)
+    # A padded row sees whatever: it is cut off.
+    mask = (torch.cat((near, first), -1) | (t >= rows)).repeat(batch, 1, 1)[:, None]
+    queries = tiled(q).transpose(1, 2).flatten(0, 1)
+    found = F.scaled_dot_product_attention(queries, keys(k), keys(v), attn_mask=mask, scale=scale)
+    return found.unflatten(0, (batch, tiles)).transpose(1, 2).flatten(2, 3)[:, :, :rows]
 
 
 def _reach(q_pos: Tensor, k_pos: Tensor, size: int, sinks: int, min_context: int, seen: int) -> Tensor:
