@@ -1,8 +1,8 @@
 """Runs the decode rows of a window again from any layer boundary.
 
 When a plan changes at layer l, everything below l stays as it was: hidden states at the boundary, index sets of the
-full layers below, and the whole prompt (prefill rows never select, so a sharing pattern cannot touch them). What is
-left to compute is the decode rows through layers l and up.
+full layers below, and the whole prompt, where prefill rows never select and so a sharing pattern cannot touch them.
+What is left to compute is the decode rows through layers l and up. Where prefill rows select they are replayed too.
 """
 
 from __future__ import annotations
@@ -37,13 +37,19 @@ class Replay:
         self.inputs: list[Tensor] = []  # hidden states at each layer boundary under the accepted plan
         self.index_sets: dict[tuple[int, int], Tensor] = {}
         self.evaluated = len(self.layers)  # layer-forwards so far; the recording call below is the first
-        cache = new_cache(model)
-        with rows_as("prefill"):
-            model.get_decoder()(input_ids=tokens[None, :prompt].to(model.device), past_key_values=cache, use_cache=True)
+        cache, replayed = new_cache(model), self.tokens
+        selector = model.sparsec_plan.selector
+        self.prompt = 0  # replayed rows that are prefill rows
+        if selector is not None and selector.prefill == "selector":
+            replayed, self.prompt = tokens.to(model.device), prompt
+        else:
+            with rows_as("prefill"):
+                ids = tokens[None, :prompt].to(model.device)
+                model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
         hooks = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in self.layers]
-        step = Step(decode=True, commit=False)
+        step = Step(decode=True, prompt=self.prompt, commit=False)
         with stepping(step):
-            model.get_decoder()(input_ids=self.tokens[None], past_key_values=cache, use_cache=True)
+            model.get_decoder()(input_ids=replayed[None], past_key_values=cache, use_cache=True)
         for hook in hooks:
             hook.remove()
         self.positions = step.positions
@@ -58,7 +64,7 @@ class Replay:
     def run(self, start: int) -> tuple[Tensor, list[Tensor], dict[tuple[int, int], Tensor]]:
         """Layers ``start`` and up under the plan now installed: losses [decode rows - 1], boundaries, index sets."""
         sets = {key: keep for key, keep in self.index_sets.items() if key[0] < start}
-        step = Step(decode=True, commit=False, index_sets=sets, positions=self.positions)
+        step = Step(decode=True, prompt=self.prompt, commit=False, index_sets=sets, positions=self.positions)
         hidden, boundaries = self.inputs[start], []
         for number in range(start, len(self.layers)):
             layer: Any = self.layers[number]
@@ -66,7 +72,7 @@ class Replay:
             layer.self_attn.sparsec.step = step
             hidden = layer(hidden, **self.calls[number])
             self.evaluated += 1
-        logits = lm_head(self.model)(final_norm(self.model)(hidden))
+        logits = lm_head(self.model)(final_norm(self.model)(hidden[:, self.prompt :]))
         return nll(logits[0], self.tokens), boundaries, sets
 
     def accept(self, start: int) -> Tensor:

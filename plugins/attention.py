@@ -1,15 +1,16 @@
 """Reference attention under a plan, in PyTorch: the execution contract row by row.
 
 Transformers calls :func:`sparsec_attention` for every layer (``attn_implementation="sparsec"``) with q, k, v of the
-new tokens, after q/k-norm and rotary embedding. Rows are *prefill* rows (retrieval heads dense) or *decode* rows
-(retrieval heads: selector, then exact attention on the chosen keys). A chunk of several decode rows is the row-exact
-simulation of as many decode steps. Nothing depends on how the rows are cut into chunks.
+new tokens, after q/k-norm and rotary embedding. Rows are *prefill* rows (retrieval heads dense, or on key blocks that
+query blocks choose) or *decode* rows (retrieval heads: selector, then exact attention on the chosen keys). A chunk of
+several decode rows is the row-exact simulation of as many decode steps. Only query blocks know where a chunk begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsec.plan import LayerPlan, Plan
+from sparsec.plugins.blocks import Groups, choose_blocks, group_numbers, groups_of, kept_keys
 from sparsec.plugins.cache import SparseLayer
+from sparsec.plugins.compensation import Dropped, compensated
+from sparsec.plugins.masked import ROWS, dense, gathered, windowed
 from sparsec.plugins.selector import Indexer, causal, select, unrotate
-
-BANDED = 1 << 24  # rows x window up to which all tiles of a prompt run in one call: its mask is held at once
-ROWS = 512  # rows a tile: what is held at once is [heads, ROWS, keys], never rows x keys of a whole prompt
 
 
 @dataclass
@@ -35,6 +36,10 @@ class Selection:
     keep: Tensor  # bool [batch, retrieval heads or 1, rows, keys]
     visible: Tensor  # bool [batch, 1, rows, keys]
     scale: float
+    plan: Plan
+    q_pos: Tensor  # [batch, rows] token numbers, -1 padding
+    k_pos: Tensor  # [batch, keys]
+    scores: Callable[[], Tensor] | None = None  # of decode rows, before softmax and mask; None in a shared layer
 
 
 @dataclass
@@ -45,7 +50,9 @@ class Step:
     prompt: int = 0  # where decode: the call's first so many rows are prefill rows all the same
     commit: bool = True  # False: the cache is read, not written
     observe: Callable[[Selection], None] | None = None
-    index_sets: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (layer, tile) -> keep
+    observe_prefill: Callable[[Selection], None] | None = None  # prefill rows, where the selector chooses for them
+    # By layer and the tile's first column of ``positions``: kept keys, or of prefill rows kept key blocks.
+    index_sets: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     positions: Tensor | None = None  # [batch, keys] token numbers, -1 padding
 
 
@@ -116,6 +123,7 @@ def sparsec_attention(
     if runtime is None:
         raise ValueError("attn_implementation='sparsec' needs a plan: load the artifact with sparsec.load(path)")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what was rotated in float32
     if runtime.layer.heads is None:
         return _native(query, key, value, attention_mask, scale), None
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -155,13 +163,37 @@ def _local(
     q_pos, k, v = pos[:, -rows:], k[:, rt.local_kv], v[:, rt.local_kv]
     store = rt.cache.local if rt.cache is not None else None
     heads = torch.searchsorted(rt.local_kv, rt.evicted // rt.plan.model.group)
-    if store is not None and step.commit and rows == 1 and store.write_one(k, v, q_pos):
+    commit = store is not None and step.commit
+    if store is not None and commit and rows == 1 and store.write_one(k, v, q_pos):
         keys, values, k_pos = store.stored()
+        commit = False
     else:
         keys, values, k_pos = (k, v, q_pos) if store is None else store.joined(k, v, q_pos)
-        if store is not None and step.commit:
-            store.store(keys, values, k_pos)
-    out[:, rt.evicted] = windowed(q[:, rt.evicted], keys, values, heads, q_pos, k_pos, rt.plan, scale)
+    dropped = store.dropped if store is not None else None
+    found, dropped = _near(rt, q[:, rt.evicted], keys, values, heads, q_pos, k_pos, scale, dropped)
+    if store is not None and commit:
+        store.dropped = dropped
+        store.store(keys, values, k_pos)
+    out[:, rt.evicted] = found
+
+
+def _near(
+    rt: LayerRuntime,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    scale: float,
+    dropped: Dropped | None,
+) -> tuple[Tensor, Dropped | None]:
+    """Local heads as the plan's window has them, and what they have dropped afterwards."""
+    assert rt.plan.window is not None
+    if rt.plan.window.compensate:
+        found: tuple[Tensor, Dropped] = compensated(q, k, v, heads, q_pos, k_pos, rt.plan, scale, dropped)
+        return found
+    return windowed(q, k, v, heads, q_pos, k_pos, rt.plan, scale), None
 
 
 def _full(
@@ -182,7 +214,10 @@ def _full(
     q_pos = pos[:, -rows:]
     if len(rt.windowed):
         heads = torch.searchsorted(rt.full_kv, rt.windowed // group)
-        out[:, rt.windowed] = windowed(q[:, rt.windowed], k, v, heads, q_pos, pos, rt.plan, scale)
+        dropped = cache.dropped if cache is not None else None
+        out[:, rt.windowed], dropped = _near(rt, q[:, rt.windowed], k, v, heads, q_pos, pos, scale, dropped)
+        if cache is not None and step.commit:
+            cache.dropped = dropped
     if len(rt.retrieval):
         heads = torch.searchsorted(rt.full_kv, rt.retrieval // group)
         q, k, v = q[:, rt.retrieval], k[:, heads], v[:, heads]
@@ -190,15 +225,21 @@ def _full(
         parts = []
         if prompt:
             seen = pos.shape[1] - rows + prompt
-            parts.append(
-                dense(q[:, :, :prompt], k[:, :, :seen], v[:, :, :seen], q_pos[:, :prompt], pos[:, :seen], scale)
+            chosen = (
+                rt.layer.index != "none" and rt.plan.selector is not None and rt.plan.selector.prefill == "selector"
             )
+            part = (q[:, :, :prompt], k[:, :, :seen], v[:, :, :seen])
+            if chosen:
+                parts.append(_chosen_blocks(rt, step, *part, _block_queries(rt, q, prompt), index, pos, scale))
+            else:
+                parts.append(dense(*part, q_pos[:, :prompt], pos[:, :seen], scale))
         if prompt < rows:
             parts.append(_selected(rt, step, q[:, :, prompt:], k, v, index, pos, scale))
         out[:, rt.retrieval] = torch.cat(parts, 2)
 
 
 @torch.no_grad()
+@torch.autocast("cuda", enabled=False)  # a choice has no other precision in training than in use
 def _index_keys(rt: LayerRuntime, k: Tensor) -> Tensor | None:
     """Projected keys of the new tokens: [batch, retrieval heads, rows, rank]; shared layers have none."""
     if rt.indexer is None or rt.plan.selector is None:
@@ -233,17 +274,20 @@ def _selected(
     assert plan.selector is not None
     source = plan.index_source(rt.number)
     parts = []
-    for tile, start in enumerate(range(0, rows, ROWS)):
+    past = pos.shape[1] - rows
+    for start in range(0, rows, ROWS):
         stop = min(start + ROWS, rows)
-        seen = pos.shape[1] - rows + stop  # later keys are invisible to this tile
-        q_pos, k_pos = pos[:, pos.shape[1] - rows :][:, start:stop], pos[:, :seen]
-        if (source, tile) not in step.index_sets:
-            step.index_sets[source, tile] = _choose(rt, q, start, stop, index, q_pos, k_pos)
-        keep = step.index_sets[source, tile].to(q.device)
+        seen = past + stop  # later keys are invisible to this tile
+        q_pos, k_pos = pos[:, past + start : seen], pos[:, :seen]
+        if (source, past + start) not in step.index_sets:
+            step.index_sets[source, past + start] = _choose(rt, q, start, stop, index, q_pos, k_pos)
+        keep = step.index_sets[source, past + start].to(q.device)
         if step.observe is not None:
             visible = causal(q_pos, k_pos)
             heads = rt.layer.retrieval
-            step.observe(Selection(rt.number, heads, q[:, :, start:stop], k[:, :, :seen], keep, visible, scale))
+            part = (q[:, :, start:stop], k[:, :, :seen], keep, visible, scale, plan, q_pos, k_pos)
+            scores = partial(_scores, rt, q, start, stop, index, seen) if rt.indexer is not None else None
+            step.observe(Selection(rt.number, heads, *part, scores))
         part_q, part_k, part_v = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen]
         if rows == 1:
             parts.append(gathered(part_q, part_k, part_v, keep, scale))
@@ -254,121 +298,88 @@ def _selected(
 
 
 @torch.no_grad()
+@torch.autocast("cuda", enabled=False)
 def _choose(
     rt: LayerRuntime, q: Tensor, start: int, stop: int, index: Tensor | None, q_pos: Tensor, k_pos: Tensor
 ) -> Tensor:
     """The keys that rows start .. stop keep: [batch, heads or 1, rows, keys]. No gradient goes through a choice."""
-    assert rt.indexer is not None
-    assert index is not None
     assert rt.plan.selector is not None
-    queries = rt.indexer.queries(_as_selector_sees(rt, q)[:, :, start:stop])
-    scores = queries @ index[:, :, : k_pos.shape[1]].float().transpose(-1, -2)
+    scores = _scores(rt, q, start, stop, index, k_pos.shape[1])
     return select(scores, q_pos, k_pos, rt.plan.selector, rt.plan.min_context)
 
 
-def gathered(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Tensor:
-    """One row: attention that reads the kept keys and values only.
-
-    q: [batch, heads, 1, dim]; k, v: [batch, heads, keys, dim]; keep: bool [batch, heads or 1, 1, keys].
-    """
-    kept = keep[:, :, 0].expand(-1, q.shape[1], -1)
-    most = max(1, int(kept.sum(-1).max()))
-    # Kept keys first, in order of time; rows with fewer are padded with dropped keys and masked.
-    flags, at = kept.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
-    flags, at = flags[..., :most].bool(), at[..., :most]
-    rows = at[..., None].expand(*at.shape, k.shape[-1])
-    flags = flags | ~flags.any(-1, keepdim=True)
-    picked_k, picked_v = k.gather(2, rows), v.gather(2, rows)
-    return F.scaled_dot_product_attention(q, picked_k, picked_v, attn_mask=flags[:, :, None], scale=scale)
+@torch.no_grad()
+@torch.autocast("cuda", enabled=False)
+def _scores(rt: LayerRuntime, q: Tensor, start: int, stop: int, index: Tensor | None, keys: int) -> Tensor:
+    """The selector's scores of rows start .. stop on the first keys, float32."""
+    assert rt.indexer is not None
+    assert index is not None
+    queries = rt.indexer.queries(_as_selector_sees(rt, q)[:, :, start:stop])
+    return queries @ index[:, :, :keys].float().transpose(-1, -2)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, scale: float) -> Tensor:
-    """Causal attention over all real keys; k and v are repeated to q's heads. Tiled over rows."""
-    rows, keys = q.shape[2], k.shape[2]
-    if rows == keys and bool((k_pos >= 0).all()):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, scale=scale)
-    parts = []
-    for start in range(0, rows, ROWS):
-        seen = keys - rows + min(start + ROWS, rows)
-        part_pos = q_pos[:, start : start + ROWS]
-        mask = causal(part_pos, k_pos[:, :seen]) | (part_pos < 0)[:, None, :, None]
-        part = q[:, :, start : start + ROWS]
-        parts.append(F.scaled_dot_product_attention(part, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=scale))
-    return torch.cat(parts, 2)
+@torch.no_grad()
+@torch.autocast("cuda", enabled=False)
+def _block_queries(rt: LayerRuntime, q: Tensor, prompt: int) -> Tensor | None:
+    """Projected queries of the call's first rows, [batch, heads, prompt, rank]; None in a shared layer."""
+    return rt.indexer.queries(_as_selector_sees(rt, q)[:, :, :prompt]) if rt.indexer is not None else None
 
 
-def windowed(
-    q: Tensor, k: Tensor, v: Tensor, heads: Tensor, q_pos: Tensor, k_pos: Tensor, plan: Plan, scale: float
+def _chosen_blocks(
+    rt: LayerRuntime,
+    step: Step,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor | None,
+    index: Tensor | None,
+    pos: Tensor,
+    scale: float,
 ) -> Tensor:
-    """Local heads: sinks and the last ``window.size`` tokens of every row, the row's own included.
-
-    q: [batch, heads, rows, dim]; k, v: [batch, KV heads, keys, dim]; heads: KV head of each query head;
-    q_pos, k_pos: token numbers, k_pos ascending where rows > 1. Each tile reads its own slice of the keys.
-    """
-    assert plan.window is not None
-    size, sinks = plan.window.size, plan.window.sinks
-    rows, keys = q.shape[2], k.shape[2]
-    whole = rows == keys > max(size + sinks, ROWS) and plan.min_context <= size + sinks
-    if whole and rows * size <= BANDED and bool((k_pos[:, 0] == 0).all()):
-        return banded(q, k, v, heads, size, sinks, scale)
+    """Prefill rows of retrieval heads under ``prefill: selector``; k and v end with the last of these rows."""
+    selector, source = rt.plan.selector, rt.plan.index_source(rt.number)
+    assert selector is not None
+    rows, past = q.shape[2], k.shape[2] - q.shape[2]
+    numbers = group_numbers(pos[:, past : past + rows], selector, rt.plan.min_context)
     parts = []
     for start in range(0, rows, ROWS):
         stop = min(start + ROWS, rows)
-        part_pos = q_pos[:, start:stop]
-        if rows == 1:
-            tile_k, tile_v, tile_pos = k, v, k_pos
-        else:
-            index = _reach(part_pos, k_pos, size, sinks, plan.min_context, keys - rows + stop)
-            tile_k, tile_v, tile_pos = k[:, :, index], v[:, :, index], k_pos[:, index]
-        t, j = part_pos[:, None, :, None], tile_pos[:, None, None, :]
-        near = (t - j < size) | (j < sinks) | (t < plan.min_context)
-        mask = ((j >= 0) & (j <= t) & near) | (t < 0)
-        tile_k, tile_v = tile_k[:, heads], tile_v[:, heads]
-        parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], tile_k, tile_v, attn_mask=mask, scale=scale))
+        q_pos, k_pos = pos[:, past + start : past + stop], pos[:, : past + stop]
+        keep = visible = causal(q_pos, k_pos)
+        groups = groups_of(numbers, start, stop)
+        if groups is not None:
+            if (source, past + start) not in step.index_sets:
+                step.index_sets[source, past + start] = _choose_blocks(rt, queries, index, pos, past, numbers, groups)
+            keep = kept_keys(step.index_sets[source, past + start].to(q.device), groups, k_pos, visible, selector.block)
+        part_q, part_k, part_v = q[:, :, start:stop], k[:, :, : past + stop], v[:, :, : past + stop]
+        if step.observe_prefill is not None:
+            heads = rt.layer.retrieval
+            part = (part_q, part_k, keep, visible, scale, rt.plan, q_pos, k_pos)
+            step.observe_prefill(Selection(rt.number, heads, *part))
+        mask = keep | (q_pos < 0)[:, None, :, None]
+        parts.append(F.scaled_dot_product_attention(part_q, part_k, part_v, attn_mask=mask, scale=scale))
     return torch.cat(parts, 2)
 
 
-def banded(q: Tensor, k: Tensor, v: Tensor, heads: Tensor, size: int, sinks: int, scale: float) -> Tensor:
-    """:func:`windowed` for whole prompts, padded on the right at most: all tiles of rows in one call.
-
-    A tile is at least a window long, so its keys are the tile before it, itself and the sinks.
-    """
-    batch, rows = q.shape[0], q.shape[2]
-    tile = max(size, 128)
-    tiles = -(-rows // tile)
-    columns = -(-sinks // 8) * 8  # fused kernels want masks of aligned rows; the columns behind the sinks are masked
-
-    def tiled(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, tiles * tile - rows)).unflatten(2, (tiles, tile))
-
-    def keys(x: Tensor) -> Tensor:
-        own = tiled(x)
-        before = F.pad(own, (0, 0, 0, 0, 1, 0))[:, :, :-1]
-        first = x[:, :, None, :columns].expand(-1, -1, tiles, -1, -1)
-        return torch.cat((before, own, first), 3)[:, heads].transpose(1, 2).flatten(0, 1)
-
-    t = torch.arange(tiles * tile, device=q.device).view(tiles, tile, 1)
-    j = torch.arange(2 * tile, device=q.device) - tile + t[:, :1]
-    near = (j >= 0) & (j <= t) & (t - j < size)
-    j = torch.arange(columns, device=q.device)
-    first = (j < sinks) & (t - j >= size)
-    # A padded row sees whatever: it is cut off.
-    mask = (torch.cat((near, first), -1) | (t >= rows)).repeat(batch, 1, 1)[:, None]
-    queries = tiled(q).transpose(1, 2).flatten(0, 1)
-    found = F.scaled_dot_product_attention(queries, keys(k), keys(v), attn_mask=mask, scale=scale)
-    return found.unflatten(0, (batch, tiles)).transpose(1, 2).flatten(2, 3)[:, :, :rows]
-
-
-def _reach(q_pos: Tensor, k_pos: Tensor, size: int, sinks: int, min_context: int, seen: int) -> Tensor:
-    """Indices of the keys that any row of a tile can see."""
-    real = q_pos[q_pos >= 0]
-    first = int(real.min()) if real.numel() else 0
-    low = 0 if first < min_context else max(0, first - size + 1)
-    candidates = ((k_pos >= low) | ((k_pos >= 0) & (k_pos < sinks))).any(0)
-    candidates[seen:] = False
-    if not bool(candidates.any()):
-        candidates[:1] = True
-    return candidates.nonzero()[:, 0]
+@torch.no_grad()
+@torch.autocast("cuda", enabled=False)
+def _choose_blocks(
+    rt: LayerRuntime,
+    queries: Tensor | None,
+    index: Tensor | None,
+    pos: Tensor,
+    past: int,
+    numbers: Tensor,
+    groups: Groups,
+) -> Tensor:
+    """The key blocks of a tile's groups, by all rows of the call that stand in them."""
+    assert queries is not None
+    assert index is not None
+    assert rt.plan.selector is not None
+    part, seen = slice(groups.start, groups.stop), past + groups.stop
+    scores = queries[:, :, part] @ index[:, :, :seen].float().transpose(-1, -2)
+    q_pos, k_pos = pos[:, past:][:, part], pos[:, :seen]
+    return choose_blocks(scores, numbers[:, part], groups, q_pos, k_pos, rt.plan.selector)
 
 
 def _native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -5,6 +5,8 @@ A Transformers ``Cache`` is a list of layer caches; :func:`plugins.runtime` fill
     full KV heads    every token,                   [batch, full KV heads, tokens, head_dim]
     local KV heads   sinks and window, a ring,      [batch, local KV heads, sinks + window, head_dim]
     index keys       Wk k of every token,           [batch, retrieval heads, tokens, rank]
+    dropped          where the window compensates: sums of what local heads no longer see, float32,
+                     [batch, KV heads, head_dim], a key and a value a KV head that a local head reads
 
 Keys keep the rotary embedding of their original position. Token numbers count real tokens per row (padding is -1), so
 left or right padding changes nothing. Token t of the ring lives in slot t if t < sinks, else sinks + (t - sinks) mod
@@ -21,10 +23,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsec.plan import Window
+from sparsec.plugins.compensation import Dropped, ends_of
 
 
 class LocalStore:
-    """Keys and values of local KV heads, evicted to sinks and window."""
+    """Keys and values of local KV heads, evicted to sinks and window; where it compensates, the sums of the evicted."""
 
     def __init__(self, window: Window, min_context: int) -> None:
         self.window = window
@@ -33,6 +36,7 @@ class LocalStore:
         self.values: Tensor | None = None
         self.pos: Tensor | None = None  # [batch, slots] token numbers, -1: empty or padding
         self.ring = False  # slots follow the ring's order, not time
+        self.dropped: Dropped | None = None
 
     def stored(self) -> tuple[Tensor, Tensor, Tensor]:
         """What is stored, in no order of time: keys, values, token numbers."""
@@ -55,6 +59,7 @@ class LocalStore:
         if not self.ring or bool((pos < 0).any()):
             return False
         keys, values, old = self.stored()
+        self._sum_dropped(keys, values, old, pos)
         slot = self._slot(pos)  # [batch, 1]
         at = slot[:, None, :, None].expand(k.shape)
         keys.scatter_(2, at, k)
@@ -69,6 +74,7 @@ class LocalStore:
         if pos.shape[1] <= capacity or int(lengths.min()) <= self.min_context:
             self.keys, self.values, self.pos, self.ring = k, v, pos, False
             return
+        self._sum_dropped(k, v, pos, lengths[:, None] - 1)
         live = (pos >= 0) & ((pos < self.window.sinks) | (pos >= lengths[:, None] - self.window.size))
         # Where each slot's token is now; the last column swallows what is forgotten.
         source = torch.full((pos.shape[0], capacity + 1), -1, dtype=torch.long, device=pos.device)
@@ -79,6 +85,12 @@ class LocalStore:
         self.keys, self.values = _take(k, at), _take(v, at)
         self.pos = torch.where(source >= 0, pos.gather(1, at), -1)
         self.ring = True
+
+    def _sum_dropped(self, k: Tensor, v: Tensor, pos: Tensor, last: Tensor) -> None:
+        """Add what the rows ``last``, [batch, 1], drop of what is stored."""
+        if self.window.compensate:
+            dropped = self.dropped or Dropped.none(k, k.shape[1], self.window.sinks)
+            self.dropped = dropped.through(k, v, pos, ends_of(last, self.window, self.min_context))[2]
 
     def _slot(self, pos: Tensor) -> Tensor:
         sinks, size = self.window.sinks, self.window.size
@@ -94,6 +106,7 @@ class SparseLayer(CacheLayerMixin):
         self.full_keys: Tensor | None = None
         self.full_values: Tensor | None = None
         self.index_keys: Tensor | None = None
+        self.dropped: Dropped | None = None  # by local query heads on full KV heads
         self.local = LocalStore(window, min_context) if window else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -117,13 +130,13 @@ class SparseLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes resident: keys, values and index keys as allocated."""
-        return sum(t.untyped_storage().nbytes() for t in self._tensors().values())
+        """Bytes resident: keys, values, index keys and sums as allocated."""
+        return sum(getattr(owner, name).untyped_storage().nbytes() for owner, name in self._held())
 
     def reset(self) -> None:
         """Forget everything."""
         self.length = 0
-        self.full_keys = self.full_values = self.index_keys = None
+        self.full_keys = self.full_values = self.index_keys = self.dropped = None
         if self.local is not None:
             self.local = LocalStore(self.local.window, self.local.min_context)
 
@@ -145,20 +158,19 @@ class SparseLayer(CacheLayerMixin):
             "a sparsec cache cannot be cropped, local heads have forgotten: run assisted decoding on the dense model"
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
-        found = {"full_keys": self.full_keys, "full_values": self.full_values, "index_keys": self.index_keys}
+    def _held(self) -> list[tuple[Any, str]]:
+        """Every tensor that is held, as its owner and its name there."""
+        owners: list[tuple[Any, tuple[str, ...]]] = [(self, ("full_keys", "full_values", "index_keys"))]
         if self.local is not None:
-            found |= {
-                "local.keys": self.local.keys,
-                "local.values": self.local.values,
-                "local.pos": self.local.pos,
-            }
-        return {name: t for name, t in found.items() if t is not None}
+            owners.append((self.local, ("keys", "values", "pos")))
+        for dropped in (self.dropped, self.local.dropped if self.local is not None else None):
+            if dropped is not None:
+                owners.append((dropped, ("keys", "values", "upto")))
+        return [(owner, name) for owner, names in owners for name in names if getattr(owner, name) is not None]
 
     def _map(self, change: Any) -> None:
-        for name, tensor in self._tensors().items():
-            owner: Any = self.local if name.startswith("local.") else self
-            setattr(owner, name.removeprefix("local."), change(tensor))
+        for owner, name in self._held():
+            setattr(owner, name, change(getattr(owner, name)))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

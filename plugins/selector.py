@@ -88,9 +88,9 @@ def select(
     far, least = weights.masked_fill(forced, 0.0), selector.min_keep
     if selector.granularity == "block":
         index = (k_pos.clamp_min(0) // selector.block)[:, None, None, :].expand(weights.shape)
-        weights, far = _by_block(weights, index), _by_block(far, index)
+        weights, far = by_block(weights, index), by_block(far, index)
         least = -(-least // selector.block)
-    keep = top_p(weights, selector.top_p) | _largest(far, least)
+    keep = top_p(weights, selector.top_p) | largest(far, least)
     if selector.granularity == "block":
         keep = keep.gather(-1, index)
     short = (q_pos < min_context)[:, None, :, None]
@@ -120,7 +120,7 @@ def top_p(weights: Tensor, p: float) -> Tensor:
     return weights >= ranked.gather(-1, count - 1) * (1 - TIE)
 
 
-def _largest(weights: Tensor, count: int) -> Tensor:
+def largest(weights: Tensor, count: int) -> Tensor:
     """The ``count`` largest positive weights of each row, ties at the edge too."""
     if count == 0:
         return torch.zeros_like(weights, dtype=torch.bool)
@@ -128,7 +128,7 @@ def _largest(weights: Tensor, count: int) -> Tensor:
     return (weights >= edge * (1 - TIE)) & (weights > 0)
 
 
-def _by_block(weights: Tensor, index: Tensor) -> Tensor:
+def by_block(weights: Tensor, index: Tensor) -> Tensor:
     """Mass of each block; block b holds tokens b*block .. (b+1)*block - 1."""
     blocks = int(index.max()) + 1
     return torch.zeros(*weights.shape[:-1], blocks, device=weights.device).scatter_add_(-1, index, weights)

@@ -49,10 +49,13 @@ class Window(Strict):
 
     size: int = Field(ge=1, description="tokens, the current one included")
     sinks: int = Field(ge=0, description="first tokens of the sequence that stay visible")
+    compensate: bool = Field(
+        default=False, description="all other tokens stand as one: mean key, mean value, weight times their number"
+    )
 
 
 class Selector(Strict):
-    """How a retrieval head chooses its keys in decode: s = (Wq q)·(Wk k), softmax over all causal keys, top-p."""
+    """How a retrieval head chooses its keys: s = (Wq q)·(Wk k), softmax over all causal keys, top-p."""
 
     kind: Literal["lowrank"] = "lowrank"
     rank: int = Field(ge=1, le=1024, description="rows of Wq and Wk")
@@ -66,6 +69,12 @@ class Selector(Strict):
     scope: Literal["head", "layer"] = Field(
         default="head",
         description="head: each retrieval head its own set; layer: their union, one set a layer",
+    )
+    prefill: Literal["dense", "selector"] = Field(
+        default="dense", description="prefill rows: all causal keys, or blocks of keys chosen for each query block"
+    )
+    query_block: int = Field(
+        default=64, ge=1, le=1024, description="prefill rows that choose together; they start at multiples of it"
     )
 
 

@@ -1,0 +1,122 @@
+"""Attention of some rows over the keys that they may see: dense, windowed, or the kept ones gathered.
+
+Token numbers say who sees whom: -1 marks padding, which nobody sees; what a padded row itself computes is thrown away.
+Rows run in tiles, so that nothing of the size rows x keys of a whole prompt is held.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsec.plan import Plan
+from sparsec.plugins.selector import causal
+
+BANDED = 1 << 24  # rows x window up to which all tiles of a prompt run in one call: its mask is held at once
+ROWS = 512  # rows a tile: what is held at once is [heads, ROWS, keys], never rows x keys of a whole prompt
+
+
+def gathered(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Tensor:
+    """One row: attention that reads the kept keys and values only.
+
+    q: [batch, heads, 1, dim]; k, v: [batch, heads, keys, dim]; keep: bool [batch, heads or 1, 1, keys].
+    """
+    kept = keep[:, :, 0].expand(-1, q.shape[1], -1)
+    most = max(1, int(kept.sum(-1).max()))
+    # Kept keys first, in order of time; rows with fewer are padded with dropped keys and masked.
+    flags, at = kept.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
+    flags, at = flags[..., :most].bool(), at[..., :most]
+    rows = at[..., None].expand(*at.shape, k.shape[-1])
+    flags = flags | ~flags.any(-1, keepdim=True)
+    picked_k, picked_v = k.gather(2, rows), v.gather(2, rows)
+    return F.scaled_dot_product_attention(q, picked_k, picked_v, attn_mask=flags[:, :, None], scale=scale)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, scale: float) -> Tensor:
+    """Causal attention over all real keys; k and v are repeated to q's heads. Tiled over rows."""
+    rows, keys = q.shape[2], k.shape[2]
+    if rows == keys and bool((k_pos >= 0).all()):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, scale=scale)
+    parts = []
+    for start in range(0, rows, ROWS):
+        seen = keys - rows + min(start + ROWS, rows)
+        part_pos = q_pos[:, start : start + ROWS]
+        mask = causal(part_pos, k_pos[:, :seen]) | (part_pos < 0)[:, None, :, None]
+        part = q[:, :, start : start + ROWS]
+        parts.append(F.scaled_dot_product_attention(part, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=scale))
+    return torch.cat(parts, 2)
+
+
+def windowed(
+    q: Tensor, k: Tensor, v: Tensor, heads: Tensor, q_pos: Tensor, k_pos: Tensor, plan: Plan, scale: float
+) -> Tensor:
+    """Local heads: sinks and the last ``window.size`` tokens of every row, the row's own included.
+
+    q: [batch, heads, rows, dim]; k, v: [batch, KV heads, keys, dim]; heads: KV head of each query head;
+    q_pos, k_pos: token numbers, k_pos ascending where rows > 1. Each tile reads its own slice of the keys.
+    """
+    assert plan.window is not None
+    size, sinks = plan.window.size, plan.window.sinks
+    rows, keys = q.shape[2], k.shape[2]
+    whole = rows == keys > max(size + sinks, ROWS) and plan.min_context <= size + sinks
+    if whole and rows * size <= BANDED and bool((k_pos[:, 0] == 0).all()):
+        return banded(q, k, v, heads, size, sinks, scale)
+    parts = []
+    for start in range(0, rows, ROWS):
+        stop = min(start + ROWS, rows)
+        part_pos = q_pos[:, start:stop]
+        if rows == 1:
+            tile_k, tile_v, tile_pos = k, v, k_pos
+        else:
+            index = reach(part_pos, k_pos, size, sinks, plan.min_context, keys - rows + stop)
+            tile_k, tile_v, tile_pos = k[:, :, index], v[:, :, index], k_pos[:, index]
+        t, j = part_pos[:, None, :, None], tile_pos[:, None, None, :]
+        near = (t - j < size) | (j < sinks) | (t < plan.min_context)
+        mask = ((j >= 0) & (j <= t) & near) | (t < 0)
+        tile_k, tile_v = tile_k[:, heads], tile_v[:, heads]
+        parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], tile_k, tile_v, attn_mask=mask, scale=scale))
+    return torch.cat(parts, 2)
+
+
+def banded(q: Tensor, k: Tensor, v: Tensor, heads: Tensor, size: int, sinks: int, scale: float) -> Tensor:
+    """:func:`windowed` for whole prompts, padded on the right at most: all tiles of rows in one call.
+
+    A tile is at least a window long, so its keys are the tile before it, itself and the sinks.
+    """
+    batch, rows, dim = q.shape[0], q.shape[2], q.shape[3]
+    tile = max(size, 128)
+    tiles = -(-rows // tile)
+    columns = -(-sinks // 8) * 8  # fused kernels want masks of aligned rows; the columns behind the sinks are masked
+
+    def tiled(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, tiles * tile - rows)).reshape(batch, x.shape[1], tiles, tile, dim)
+
+    def keys(x: Tensor) -> Tensor:
+        own = tiled(x)
+        before = F.pad(own, (0, 0, 0, 0, 1, 0))[:, :, :-1]
+        first = x[:, :, None, :columns].expand(-1, -1, tiles, -1, -1)
+        return torch.cat((before, own, first), 3)[:, heads].transpose(1, 2).flatten(0, 1)
+
+    t = torch.arange(tiles * tile, device=q.device).view(tiles, tile, 1)
+    j = torch.arange(2 * tile, device=q.device) - tile + t[:, :1]
+    near = (j >= 0) & (j <= t) & (t - j < size)
+    j = torch.arange(columns, device=q.device)
+    first = (j < sinks) & (t - j >= size)
+    # A padded row sees whatever: it is cut off.
+    mask = (torch.cat((near, first), -1) | (t >= rows)).repeat(batch, 1, 1)[:, None]
+    queries = tiled(q).transpose(1, 2).flatten(0, 1)
+    found = F.scaled_dot_product_attention(queries, keys(k), keys(v), attn_mask=mask, scale=scale)
+    return found.reshape(batch, tiles, -1, tile, dim).transpose(1, 2).flatten(2, 3)[:, :, :rows]
+
+
+def reach(q_pos: Tensor, k_pos: Tensor, size: int, sinks: int, min_context: int, seen: int) -> Tensor:
+    """Indices of the keys that any row of a tile can see."""
+    real = q_pos[q_pos >= 0]
+    first = int(real.min()) if real.numel() else 0
+    low = 0 if first < min_context else max(0, first - size + 1)
+    candidates = ((k_pos >= low) | ((k_pos >= 0) & (k_pos < sinks))).any(0)
+    candidates[seen:] = False
+    if not bool(candidates.any()):
+        candidates[:1] = True
+    return candidates.nonzero()[:, 0]
