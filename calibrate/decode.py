@@ -8,96 +8,59 @@ is not the perplexity of one mask for all rows, which runs neither prefill nor d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from sparsec.events import Listener, silent, tracked
+from sparsec.events import Event, Listener, silent
 from sparsec.plugins.attention import Selection, Step
 from sparsec.plugins.runtime import kv_bytes, new_cache, rows_as, stepping
 
-
-@dataclass
-class SelectorStats:
-    """What the selectors of retrieval heads did on decode rows, by (layer, head). Use as ``Step.observe``."""
-
-    recall: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)  # share of true attention mass kept
-    kept: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)  # tokens kept, forced ones included
-    context: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, seen: Selection) -> None:
-        """Add one tile of rows."""
-        logits = (seen.q.float() @ seen.k.float().transpose(-1, -2)) * seen.scale
-        weights = logits.masked_fill(~seen.visible, float("-inf")).softmax(-1)
-        keep = seen.keep.expand_as(weights)
-        recall, kept = (weights * keep).sum(-1), keep.sum(-1)
-        for place, head in enumerate(seen.heads):
-            self.recall.setdefault((seen.layer, head), []).append(recall[:, place].flatten().cpu())
-            self.kept.setdefault((seen.layer, head), []).append(kept[:, place].flatten().cpu())
-        self.context.append(seen.visible.sum(-1).flatten().cpu())
-
-    def table(self) -> list[dict[str, float]]:
-        """A row a head: recall (mean, p5) and tokens kept (mean, p95)."""
-        rows = []
-        for (layer, head), recalls in sorted(self.recall.items()):
-            recall, kept = torch.cat(recalls), torch.cat(self.kept[layer, head]).float()
-            rows.append(
-                {
-                    "layer": layer,
-                    "head": head,
-                    "recall_mean": float(recall.mean()),
-                    "recall_p5": float(recall.quantile(0.05)),
-                    "kept_mean": float(kept.mean()),
-                    "kept_p95": float(kept.quantile(0.95)),
-                }
-            )
-        return rows
-
-    def summary(self) -> dict[str, float]:
-        """Over all retrieval heads and rows; empty where nothing was selected."""
-        if not self.recall:
-            return {}
-        recall = torch.cat([torch.cat(r) for r in self.recall.values()])
-        kept = torch.cat([torch.cat(k) for k in self.kept.values()]).float()
-        return {
-            "heads": len(self.recall),
-            "rows": len(recall) // len(self.recall),
-            "context_mean": float(torch.cat(self.context).float().mean()),
-            "recall_mean": float(recall.mean()),
-            "recall_p5": _quantile(recall, 0.05),
-            "kept_mean": float(kept.mean()),
-            "kept_p95": _quantile(kept, 0.95),
-        }
-
-
-def _quantile(values: Tensor, q: float) -> float:
-    """torch.quantile refuses long inputs."""
-    ranked = values.sort().values
-    return float(ranked[min(len(ranked) - 1, round(q * (len(ranked) - 1)))])
+LOGITS = 2**28  # numbers that the logits of a batch of windows may be
 
 
 @torch.no_grad()
-def decode_rows(model: Any, tokens: Tensor, prompt: int, observe: SelectorStats | None = None) -> tuple[Tensor, int]:
-    """Loss of every decode row in nats: [length - prompt - 1], row t predicting token t + 1; and the cache's bytes.
+def decode_logits(
+    model: Any, tokens: Tensor, prompt: int, observe: Callable[[Selection], None] | None = None
+) -> tuple[Tensor, int]:
+    """Logits of every decode row: [batch, length - prompt, vocabulary], row t for token t + 1; and the cache's bytes.
 
     Args:
         model: with a plan installed, or dense.
-        tokens: [length] ids.
+        tokens: [batch, length] ids, no padding.
         prompt: prefill rows.
-        observe: collects what the selectors do.
+        observe: sees what the selectors do.
     """
-    ids = tokens[None].to(model.device)
+    ids = tokens.to(model.device)
     planned = getattr(model, "sparsec_plan", None) is not None
     cache = new_cache(model) if planned else DynamicCache(config=model.config)
     with rows_as("prefill"):
         model.get_decoder()(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
     with stepping(Step(decode=True, observe=observe)):
-        logits = model(input_ids=ids[:, prompt:], past_key_values=cache, use_cache=True).logits
-    return nll(logits[0], ids[0, prompt:]), kv_bytes(cache)
+        logits: Tensor = model(input_ids=ids[:, prompt:], past_key_values=cache, use_cache=True).logits
+    return logits, kv_bytes(cache)
+
+
+def decode_rows(
+    model: Any, tokens: Tensor, prompt: int, observe: Callable[[Selection], None] | None = None
+) -> tuple[Tensor, int]:
+    """Loss of every decode row in nats, row t predicting token t + 1; and the cache's bytes for one window.
+
+    Args:
+        tokens: ids, [length] of one window or [batch, length].
+
+    Returns:
+        float32 [length - prompt - 1] or [batch, length - prompt - 1], on the CPU. Others: see :func:`decode_logits`.
+    """
+    batch = tokens if tokens.ndim == 2 else tokens[None]
+    logits, resident = decode_logits(model, batch, prompt, observe)
+    ids = batch.to(logits.device)
+    losses = torch.stack([nll(rows, row[prompt:]) for rows, row in zip(logits, ids, strict=True)])
+    return losses if tokens.ndim == 2 else losses[0], resident // len(batch)
 
 
 def nll(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -106,23 +69,41 @@ def nll(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """Bits and bytes of the tokens ``first`` to ``last`` of all windows; the first token of a window is 0."""
+
+    first: int
+    last: int
+    bits: float
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"first": self.first, "last": self.last, "bits_per_byte": self.bits / max(1, self.bytes)}
+
+
+@dataclass(frozen=True)
 class TextLoss:
     """Loss over decode rows of several windows; bits per byte compares across tokenizers, perplexity does not."""
 
     windows: tuple[float, ...]  # bits per byte of each window
+    window_bytes: tuple[int, ...]
     bits_per_byte: float
     tokens: int
     bytes: int
     kv_bytes: int  # resident in the cache at the end of the longest window
+    positions: tuple[Bucket, ...]  # quarters of the decode rows
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "bits_per_byte": self.bits_per_byte,
             "windows": list(self.windows),
+            "window_bytes": list(self.window_bytes),
             "tokens": self.tokens,
             "bytes": self.bytes,
             "kv_bytes": self.kv_bytes,
+            "positions": [bucket.to_json() for bucket in self.positions],
         }
 
 
@@ -132,20 +113,47 @@ def text_loss(
     windows: Sequence[Tensor],
     prompt: int,
     *,
-    observe: SelectorStats | None = None,
+    batch_size: int = 1,
+    observe: Callable[[Selection], None] | None = None,
     listen: Listener = silent,
     stage: str = "bits per byte",
 ) -> TextLoss:
-    """Bits per byte of the text after the prompt, in the decode regime. windows: token ids, [length] each."""
-    bits: list[float] = []
-    sizes: list[int] = []
+    """Bits per byte of the text after the prompt, in the decode regime.
+
+    Args:
+        windows: token ids, [length] each, all of one length.
+        prompt: prefill rows of each window.
+        batch_size: windows at a time; fewer are run where their logits would take more than a gigabyte.
+    """
+    length = len(windows[0])
+    most = max(1, LOGITS // ((length - prompt) * int(model.config.get_text_config().vocab_size)))
+    batches = torch.split(torch.stack(list(windows)), max(1, min(batch_size, most)))
+    parts: list[Tensor] = []
     largest = 0
-    for window in tracked(windows, stage, listen, len(windows)):
-        losses, resident = decode_rows(model, window, prompt, observe)
+    listen(Event(stage, 0, len(windows)))
+    for batch in batches:
+        losses, resident = decode_rows(model, batch, prompt, observe)
         largest = max(largest, resident)
-        text = tokenizer.decode(window[prompt + 1 :], clean_up_tokenization_spaces=False)
-        bits.append(float(losses.double().sum()) / math.log(2))
-        sizes.append(len(text.encode()))
-    tokens = sum(len(window) - prompt - 1 for window in windows)
-    each = tuple(b / max(1, size) for b, size in zip(bits, sizes, strict=True))
-    return TextLoss(each, sum(bits) / max(1, sum(sizes)), tokens, sum(sizes), largest)
+        parts.append(losses.double() / math.log(2))
+        listen(Event(stage, sum(map(len, parts)), len(windows)))
+    bits = torch.cat(parts)
+    edges = sorted({prompt + 1 + round((length - prompt - 1) * quarter / 4) for quarter in range(5)})
+    sizes = _byte_sizes(tokenizer, torch.stack(list(windows)), edges)
+    positions = tuple(
+        Bucket(low, high - 1, float(bits[:, low - prompt - 1 : high - prompt - 1].sum()), sum(column))
+        for low, high, column in zip(edges, edges[1:], zip(*sizes, strict=True), strict=False)
+    )
+    whole = tuple(sum(row) for row in sizes)
+    each = tuple(b / max(1, size) for b, size in zip(bits.sum(1).tolist(), whole, strict=True))
+    total = float(bits.sum()) / max(1, sum(whole))
+    return TextLoss(each, whole, total, bits.numel(), sum(whole), largest, positions)
+
+
+def _byte_sizes(tokenizer: Any, windows: Tensor, edges: Sequence[int]) -> list[list[int]]:
+    """UTF-8 bytes of each window's tokens between consecutive edges: [windows][edges - 1]."""
+    # Differences of growing prefixes: parts of one character on both sides of an edge are not counted twice.
+    pieces = [window[edges[0] : edge].tolist() for window in windows for edge in edges[1:]]
+    texts = tokenizer.batch_decode(pieces, clean_up_tokenization_spaces=False)
+    ends = torch.tensor([len(text.encode()) for text in texts]).view(len(windows), -1)
+    found: list[list[int]] = ends.diff(prepend=torch.zeros(len(windows), 1, dtype=ends.dtype)).clamp_min(0).tolist()
+    return found

@@ -1,140 +1,306 @@
-"""The evaluation table: an artifact beside its baselines, by decode semantics, at several lengths.
+"""The evaluation: several systems side by side, by decode semantics, at several lengths, on held-out text.
 
-    dense       the base model
-    window      every head local: sinks and window only
-    split       the artifact's head split, retrieval heads dense in decode too: training-free, no selector
-    artifact    the plan
-
-One harness, the same windows and prompts for all. A selector that keeps more looks better, so tokens kept
-and true-attention mass recall stand beside the quality.
+One harness, the same windows and prompts for all. A selector that keeps more looks better, so tokens kept, mass
+recall of the true attention and the share of attention that is read stand beside the quality; what differs between two
+systems comes with a paired bootstrap interval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsec.calibrate.decode import SelectorStats, text_loss
+from sparsec.calibrate.comparisons import TOGETHER, comparisons
+from sparsec.calibrate.decode import text_loss
+from sparsec.calibrate.long_decode import compared, continued, followed
+from sparsec.calibrate.needles import FIRST
+from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.splits import Calibration
-from sparsec.calibrate.tasks import prompts, score
-from sparsec.errors import UsageError
-from sparsec.events import Event, Listener, silent
+from sparsec.calibrate.tasks import NEEDLES, Haystack, Prompt, prompts, score
+from sparsec.errors import SparsecError, UsageError
+from sparsec.events import Event, Listener, silent, tracked
 from sparsec.plan import Plan
-from sparsec.plugins.runtime import applied
 
-SYSTEMS = ("dense", "window", "split", "artifact")
+DENSE = "dense"
+BASELINES = (DENSE, "window", "split")
+WEAK = 0.2  # a task that dense answers less of tells nothing about a sparse model
 
 
-def system_plan(name: str, plan: Plan) -> Plan | None:
-    """The plan that a system runs; None is the dense model.
+@dataclass(frozen=True)
+class System:
+    """A row of the evaluation.
+
+    ``open`` gives the model ready to run, its plan installed or dense, and puts all back at the end.
+    ``only_decodes``: it is there for the long decode alone.
+    """
+
+    name: str
+    open: Callable[[], AbstractContextManager[Any]]
+    only_decodes: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is asked of every system."""
+
+    lengths: Sequence[int]  # tokens of a window or prompt; at least one should be twice the plan's window
+    tasks: Sequence[str] = ("kv", "multikey", "passkey")
+    prompts_each: int = 50  # a task and length; 0 leaves tasks out
+    windows_each: int = 8  # text windows a length; 0 leaves bits per byte out
+    rows: int = 512  # decode rows at the end of each window
+    contexts: int = 1  # prompt lengths a window, evenly spread, at which the text loss is taken
+    decode_tokens: int = 0  # generated in the long decode; 0 leaves it out
+    decode_prompts: int = 8
+    batch_size: int = 4
+    seed: int = 0
+
+
+@dataclass
+class _Asked:
+    """Everything that all systems get at one length."""
+
+    length: int
+    windows: Tensor | None
+    tasks: dict[str, list[Prompt]] = field(default_factory=dict)
+    starts: Tensor | None = None  # prompts of the long decode
+    reference: Tensor | None = None  # what dense writes after them
+
+
+def baseline_plan(name: str, plan: Plan) -> Plan | None:
+    """The plan that a baseline of ``plan`` runs; None is the dense model.
+
+    ``window``: every head local, sinks and window alone. ``split``: the plan's retrieval heads, dense in decode too, no
+    selector.
 
     Raises:
-        UsageError: no such system.
+        UsageError: no such baseline.
     """
-    if name == "dense":
+    if name == DENSE:
         return None
-    if name == "artifact":
-        return plan
-    if name not in SYSTEMS:
-        raise UsageError(f"there is no system {name!r}: choose from {', '.join(SYSTEMS)}")
+    if name not in BASELINES:
+        raise UsageError(f"there is no system {name!r}: choose from {', '.join(BASELINES)}")
     layers = []
     for layer in plan.layers:
         heads = layer.heads if name == "split" or layer.heads is None else (0,) * len(layer.heads)
         layers.append({"heads": heads, "index": "none"})
-    return plan.edit(layers=layers, selector=None)
-
-
-def running(model: Any, plan: Plan | None, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-    """The model under a system's plan inside the block."""
-    if plan is None:
-        return nullcontext()
-    return applied(model, plan, tensors if plan.indexed() else {})
+    window = plan.window and plan.window.model_copy(update={"compensate": False})
+    return plan.edit(layers=layers, selector=None, window=window)
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
-    plan: Plan,
-    tensors: Mapping[str, Tensor],
-    calibration: Calibration,
-    *,
-    lengths: Sequence[int],
-    systems: Sequence[str] = SYSTEMS,
-    tasks: Sequence[str] = ("kv", "multikey", "passkey"),
-    prompts_each: int = 50,
-    windows_each: int = 8,
-    rows: int = 512,
-    batch_size: int = 4,
-    seed: int = 0,
-    listen: Listener = silent,
+    systems: Sequence[System], calibration: Calibration, suite: Suite, *, listen: Listener = silent
 ) -> dict[str, Any]:
-    """Measure every system at every length on held-out text.
+    """Measure every system at every length.
 
-    Args:
-        model: dense, no plan installed.
-        lengths: tokens of a window or prompt; at least one should be twice the plan's window.
-        prompts_each: prompts a task and length; 0 leaves tasks out.
-        windows_each: text windows a length; 0 leaves bits per byte out.
-        rows: decode rows at the end of each window.
+    Systems run in the order given, each opened once; ``dense`` goes first where the long decode is asked for.
 
     Returns:
-        JSON data: ``cells`` by length and system, seeds, counts and notes.
+        JSON data: ``cells`` by length and system, ``comparisons`` between systems, the suite and notes.
+
+    Raises:
+        UsageError: nothing to compare the long decode with.
+        SparsecError: out of memory.
     """
+    if suite.decode_tokens and (not systems or systems[0].name != DENSE):
+        raise UsageError("the long decode is compared with the dense model: put dense first among the systems")
+    notes: list[str] = []
+    haystack = Haystack(calibration)
+    asked = [_asked(haystack, suite, length, notes, listen) for length in suite.lengths]
     cells: list[dict[str, Any]] = []
-    notes = []
-    if plan.window is not None:
-        reach = 2 * plan.window.size
-        notes += [f"{n} tokens is less than twice the window: local heads see most of it" for n in lengths if n < reach]
-    for length in lengths:
-        windows: Sequence[Tensor] = ()
-        if windows_each:
-            count = min(windows_each, calibration.available("heldout", length))
-            if count < windows_each:
-                notes.append(f"only {count} held-out windows of {length} tokens, {windows_each} were asked for")
-            windows = list(calibration.windows("heldout", length, max(1, count), seed=seed))
-        asked = {
-            task: prompts(task, calibration, length=length, count=prompts_each, seed=seed)
-            for task in tasks
-            if prompts_each
-        }
-        for system in systems:
-            cell: dict[str, Any] = {"length": length, "system": system}
-            with running(model, system_plan(system, plan), tensors):
-                if windows:
-                    stats = SelectorStats()
-                    stage = f"{system} {length}: bits per byte"
-                    prompt = length - min(rows, length // 2)
-                    loss = text_loss(model, tokenizer, windows, prompt, observe=stats, listen=listen, stage=stage)
-                    cell |= loss.to_json() | {"selector": stats.summary()}
-                for task, batch in asked.items():
-                    stage = f"{system} {length}: {task}"
-                    listen(Event(stage, 0, len(batch)))
-                    result = score(
-                        model,
-                        tokenizer,
-                        batch,
-                        batch_size=batch_size,
-                        progress=lambda done, total, stage=stage: listen(Event(stage, done, total)),  # type: ignore[misc]
-                    )
-                    cell.setdefault("tasks", {})[task] = {
-                        "exact": result.exact,
-                        "digits": result.digits,
-                        "n": result.n,
-                        "right": [int(r) for r in result.right],
-                    }
-            cells.append(cell)
+    about: dict[str, str] = {}
+    for system in systems:
+        try:
+            cells += _measured(system, asked, calibration.tokenizer, suite, listen, about, notes)
+        except torch.OutOfMemoryError as error:
+            size = f"--batch-size {suite.batch_size}"
+            raise SparsecError(f"{system.name} runs out of memory with {size}: use a smaller one") from error
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    order = {system.name: number for number, system in enumerate(systems)}
+    cells.sort(key=lambda cell: (suite.lengths.index(cell["length"]), order[cell["system"]]))
+    notes += _weak_tasks(cells)
     return {
         "cells": cells,
-        "notes": notes,
-        "seed": seed,
-        "rows": rows,
-        "prompts_each": prompts_each,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "comparisons": comparisons(cells, seed=suite.seed),
+        "notes": list(dict.fromkeys(notes)),
+        "seed": suite.seed,
+        "rows": suite.rows,
+        "prompts_each": suite.prompts_each,
+        "decode_tokens": suite.decode_tokens,
+        **about,
         "torch": torch.__version__,
         "text": calibration.describe(),
     }
+
+
+def _asked(haystack: Haystack, suite: Suite, length: int, notes: list[str], listen: Listener) -> _Asked:
+    calibration, windows = haystack.calibration, None
+    if suite.windows_each:
+        count = min(suite.windows_each, calibration.available("heldout", length))
+        if count < suite.windows_each:
+            notes.append(f"only {count} held-out windows of {length} tokens, {suite.windows_each} were asked for")
+        windows = calibration.windows("heldout", length, max(1, count), seed=suite.seed)
+    asked = _Asked(length, windows)
+    if suite.prompts_each:
+        for task in tracked(suite.tasks, f"prompts of {length} tokens", listen, len(suite.tasks)):
+            asked.tasks[task] = prompts(
+                task, calibration, length=length, count=suite.prompts_each, seed=suite.seed, haystack=haystack
+            )
+    if suite.decode_tokens:
+        before = length - suite.decode_tokens
+        if before < FIRST:
+            notes.append(f"no long decode at {length} tokens: {suite.decode_tokens} new ones leave no prompt")
+        else:
+            asked.starts = haystack.texts(length, suite.decode_prompts, suite.seed)[:, :before]
+    return asked
+
+
+def _measured(
+    system: System,
+    asked: Sequence[_Asked],
+    tokenizer: Any,
+    suite: Suite,
+    listen: Listener,
+    about: dict[str, str],
+    notes: list[str],
+) -> list[dict[str, Any]]:
+    """The cells of one system. A function of its own: when it ends, nothing holds the system's model."""
+    cells = []
+    with system.open() as model:
+        if not system.only_decodes:
+            about |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+        plan: Plan | None = getattr(model, "sparsec_plan", None)
+        for each in asked:
+            if plan is not None and plan.window is not None and each.length < 2 * plan.window.size:
+                notes.append(f"{each.length} tokens is less than twice the window: local heads see most of it")
+            cell: dict[str, Any] = {"length": each.length, "system": system.name}
+            if not system.only_decodes:
+                cell |= _text(model, tokenizer, plan, each, suite, listen, system.name)
+                for task, batch in each.tasks.items():
+                    cell.setdefault("tasks", {})[task] = _task(model, tokenizer, task, batch, suite, listen, cell)
+                needles = [found["share"] for task, found in cell.get("tasks", {}).items() if task in NEEDLES]
+                if len(needles) > 1:
+                    cell[TOGETHER] = sum(needles) / len(needles)
+            if each.starts is not None:
+                cell["decode"] = _decode(model, tokenizer, each, suite, listen, cell)
+            cells.append(cell)
+    return cells
+
+
+def _text(
+    model: Any, tokenizer: Any, plan: Plan | None, asked: _Asked, suite: Suite, listen: Listener, name: str
+) -> dict[str, Any]:
+    """Bits per byte of the windows' ends, and where asked for also nearer to their beginnings."""
+    if asked.windows is None:
+        return {}
+    rows = min(suite.rows, asked.length // 2)
+    stats = SelectorStats()
+    stage = f"{name} {asked.length}: bits per byte"
+    options: dict[str, Any] = {"batch_size": suite.batch_size, "listen": listen}
+    loss = text_loss(model, tokenizer, list(asked.windows), asked.length - rows, observe=stats, stage=stage, **options)
+    selector = stats.summary()
+    cell: dict[str, Any] = loss.to_json() | {"selector": selector}
+    cell["attention_read"] = attention_read(plan, selector, asked.length - rows, asked.length)
+    contexts = []
+    for part in range(1, suite.contexts):
+        stop = asked.length * part // suite.contexts
+        if stop - rows >= FIRST:
+            cut = list(asked.windows[:, :stop])
+            early = text_loss(model, tokenizer, cut, stop - rows, stage=f"{stage} up to {stop}", **options)
+            contexts.append({"context": stop, "bits_per_byte": early.bits_per_byte})
+    if contexts:
+        cell["contexts"] = [*contexts, {"context": asked.length, "bits_per_byte": loss.bits_per_byte}]
+    return cell
+
+
+def attention_read(plan: Plan | None, selector: Mapping[str, float], first: int, last: int) -> float:
+    """Share of a dense model's (query head, key) pairs that decode rows read: realised, as the plan runs them.
+
+    Args:
+        plan: None is the dense model.
+        selector: the summary of :class:`SelectorStats` over these rows.
+        first, last: the rows' own tokens, from 0; ``last`` is not one of them.
+    """
+    if plan is None:
+        return 1.0
+    contexts = range(first + 1, last + 1)
+    dense = sum(contexts) / len(contexts)
+    local = retrieval = 1.0
+    if plan.window is not None:
+        most = plan.window.size + plan.window.sinks
+        local = sum(n if n <= plan.min_context else min(n, most) for n in contexts) / len(contexts) / dense
+    if selector:
+        retrieval = selector["kept_mean"] / selector["context_mean"]
+    heads = plan.model.heads
+    read = [
+        heads
+        if layer.heads is None
+        else len(layer.local) * local + len(layer.retrieval) * (1.0 if layer.index == "none" else retrieval)
+        for layer in plan.layers
+    ]
+    return sum(read) / (heads * len(read))
+
+
+def _task(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    batch: Sequence[Prompt],
+    suite: Suite,
+    listen: Listener,
+    cell: Mapping[str, Any],
+) -> dict[str, Any]:
+    stage = f"{cell['system']} {cell['length']}: {task}"
+    listen(Event(stage, 0, len(batch)))
+    result = score(
+        model,
+        tokenizer,
+        batch,
+        batch_size=suite.batch_size,
+        progress=lambda done, total: listen(Event(stage, done, total)),
+    )
+    return {
+        "share": result.share,
+        "exact": result.exact,
+        "digits": result.digits,
+        "n": result.n,
+        "found": list(result.found),
+    }
+
+
+def _decode(
+    model: Any, tokenizer: Any, asked: _Asked, suite: Suite, listen: Listener, cell: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The long decode; the first system's text is what the others are compared with."""
+    assert asked.starts is not None
+    stage = f"{cell['system']} {cell['length']}: long decode"
+    texts = continued(
+        model, tokenizer, asked.starts, suite.decode_tokens, batch_size=suite.batch_size, listen=listen, stage=stage
+    )
+    if asked.reference is None:
+        asked.reference = texts
+    steps = followed(model, asked.starts, asked.reference, batch_size=suite.batch_size)
+    return compared(texts, asked.reference, steps, asked.starts.shape[1]).to_json()
+
+
+def _weak_tasks(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tasks that say little, because the dense model itself fails them: a line a length."""
+    notes = []
+    for cell in cells:
+        if cell["system"] == DENSE:
+            found = cell.get("tasks", {}).items()
+            weak = [f"{task} ({result['share']:.0%})" for task, result in found if result["share"] < WEAK]
+            if weak:
+                notes.append(
+                    f"at {cell['length']} tokens dense answers under {WEAK:.0%} of {', '.join(weak)}: what a sparse "
+                    "model keeps of that, its recovery, means little"
+                )
+    return notes
