@@ -51,7 +51,7 @@ def asked(artifact: Path, length: int, seed: int) -> str:
         [
             f"text      {calibration.corpus.made_of}, {count(sparse['prompt_tokens'])} tokens",
             f"question  {question} ...",
-            f"expected  {prompt.answer} (stated {percent(prompt.depth, 0)} into the text)",
+            f"expected  {prompt.answer} (stated {percent(prompt.depth or 0, 0)} into the text)",
             "",
             table(
                 ["", "dense", "sparse"],

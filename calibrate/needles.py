@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -92,11 +93,13 @@ def needle_documents(
 def ordinary_words(calibration: Calibration, split: str) -> dict[str, list[int]]:
     """Lowercase words of a split, sorted, with their tokens behind a space.
 
-    All have the number of tokens that is commonest: one, where the tokenizer knows the language.
+    All have the number of tokens that is commonest: one, where the tokenizer knows the language. The held-out split
+    and the others share no word: what was found or trained with some words is judged on other ones.
     """
     found: set[str] = set()
     for document in calibration.texts(split):
         found.update(word for word in WORD.findall(document.text) if word.islower())
+    found = {word for word in found if (zlib.crc32(word.encode()) % 2 == 0) is (split == "heldout")}
     if not found:
         return {}
     words = sorted(found)

@@ -7,12 +7,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 import sparsec
 from sparsec.errors import SparsecError, UsageError
+
+if TYPE_CHECKING:
+    from sparsec.passes.base import Tier
 
 STOPPED = 130
 
@@ -21,9 +24,13 @@ HELP = {
     "passes": "Comma-separated pass names; `sparsec passes` lists them.",
     "recipe": "YAML file with passes, options, calibration, seed and gate; options on the line win.",
     "set": "An option of a pass or the gate, e.g. rtpurbo.ratio=0.2 or gate.max_loss=0.02. May be repeated.",
+    "tier": "What the passes may cost: sets their options, below those given.  [default: each pass's own]",
     "calibration": "Text, JSONL or Parquet file, folder, Hub data set, or 'builtin' (Python's own documentation).",
     "device": "cpu, cuda, cuda:N, or auto (spread over what is there).",
     "dtype": "float32, bfloat16, float16, or auto (as stored).",
+    "tasks": "Answered by generating: names, or the groups needles, ruler, threads, all; docs/evaluation.md says what.",
+    "contexts": "Also take the text loss after so many shorter prompts of each window, evenly spread.",
+    "decode_tokens": "Long decode: so many tokens generated greedily after natural text, 1024 or more; 0: none.",
 }
 
 
@@ -52,6 +59,7 @@ def cli() -> None:
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Folder of the artifact.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help=HELP["recipe"])
 @click.option("--set", "settings", multiple=True, metavar="PASS.OPTION=VALUE", help=HELP["set"])
+@click.option("--tier", type=click.Choice(["training-free", "minutes", "hours"]), help=HELP["tier"])
 @click.option("--keep", help="Short for --set indexcache.keep=…, e.g. 25%.")
 @click.option("--max-loss", help="Short for --set indexcache.max_loss=…, e.g. 0.5%.")
 @click.option("--calibration", help=HELP["calibration"])
@@ -67,6 +75,7 @@ def compile_command(
     out: Path | None,
     recipe_file: Path | None,
     settings: tuple[str, ...],
+    tier: Tier | None,
     keep: str | None,
     max_loss: str | None,
     calibration: str | None,
@@ -84,7 +93,7 @@ def compile_command(
     """
     from sparsec.compiler.draw import drawing
     from sparsec.compiler.recipe import make_recipe, parse_setting, read_recipe
-    from sparsec.compiler.registry import make_passes
+    from sparsec.compiler.registry import make_passes, with_tier
 
     data: dict[str, Any] = read_recipe(recipe_file) if recipe_file else {}
     if passes is not None:
@@ -105,6 +114,8 @@ def compile_command(
             data[name] = value
     if not data.get("passes"):
         raise UsageError("no passes: give --passes rtpurbo,indexcache or --recipe FILE")
+    if tier is not None:
+        data["passes"] = with_tier(data["passes"], tier)
     recipe = make_recipe(data)
     ordered = make_passes(recipe.passes)
     if out is None and not dry_run:
@@ -179,27 +190,45 @@ def inspect(artifact: Path, as_json: bool, recipe_only: bool) -> None:
 
 
 @cli.command("eval")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ARTIFACT...")
 @click.option("--lengths", default="2048,4096", show_default=True, help="Context lengths in tokens.")
-@click.option("--systems", default="dense,window,split,artifact", show_default=True, help="Side by side.")
-@click.option("--tasks", default="kv,multikey,passkey", show_default=True, help="Answered by generating.")
+@click.option(
+    "--systems", default="dense,window,split,artifact", show_default=True, help="Side by side; artifact: all."
+)
+@click.option("--base", metavar="SOURCE", help="The dense model, where it is not where it was at the compile.")
+@click.option("--tasks", default="kv,multikey,passkey", show_default=True, help=HELP["tasks"])
 @click.option("--prompts", default=50, show_default=True, type=click.IntRange(min=0), help="A task and length.")
 @click.option("--windows", default=8, show_default=True, type=click.IntRange(min=0), help="Text windows a length.")
 @click.option("--rows", default=512, show_default=True, type=click.IntRange(min=1), help="Decode rows of each window.")
+@click.option("--contexts", default=1, show_default=True, type=click.IntRange(min=1), help=HELP["contexts"])
+@click.option("--decode-tokens", default=0, show_default=True, type=click.IntRange(min=0), help=HELP["decode_tokens"])
+@click.option("--decode-prompts", default=8, show_default=True, type=click.IntRange(min=1), help="Of the long decode.")
 @click.option("--text", help="Held-out text: as --calibration of compile.  [default: the artifact's own held-out part]")
-@click.option("--batch-size", default=4, show_default=True, type=click.IntRange(min=1))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option(
+    "--batch-size",
+    default=4,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Prompts or windows at once; 100 on a GPU.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of windows, prompts, intervals."
+)
 @_device_options
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Also write the JSON here.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 def eval_command(
-    artifact: Path,
+    artifacts: tuple[Path, ...],
     lengths: str,
     systems: str,
+    base: str | None,
     tasks: str,
     prompts: int,
     windows: int,
     rows: int,
+    contexts: int,
+    decode_tokens: int,
+    decode_prompts: int,
     text: str | None,
     batch_size: int,
     seed: int,
@@ -208,46 +237,37 @@ def eval_command(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure ARTIFACT by decode semantics beside dense, window-only and the training-free head split."""
-    from sparsec.calibrate.corpus import read_corpus
-    from sparsec.calibrate.evaluate import SYSTEMS, evaluate
-    from sparsec.calibrate.splits import Calibration
-    from sparsec.calibrate.tasks import TASKS
-    from sparsec.compiler.draw import drawing
-    from sparsec.compiler.explain import artifact_data, evaluation_text
-    from sparsec.plugins.load import load
-    from sparsec.plugins.runtime import indexer_tensors, uninstall
+    """Measure ARTIFACTs by decode semantics beside dense, window-only and the training-free head split.
 
-    wanted = _numbers(lengths)
-    chosen = _names("--systems", systems, list(SYSTEMS))
-    asked = _names("--tasks", tasks, list(TASKS))
+    Several artifacts of one model stand side by side under their folders' names; window and split follow the first
+    one's plan. What a pass costs shows beside an artifact that was compiled without it.
+    """
+    from sparsec.calibrate.evaluate import BASELINES, Suite
+    from sparsec.calibrate.tasks import GROUPS, TASKS, named
+    from sparsec.compiler.draw import drawing
+    from sparsec.compiler.explain import evaluation_text
+    from sparsec.compiler.systems import ARTIFACT, evaluate_artifacts
+
+    chosen = _names("--systems", systems, [*BASELINES, ARTIFACT])
+    suite = Suite(
+        lengths=_numbers(lengths),
+        tasks=named(",".join(_names("--tasks", tasks, [*TASKS, *GROUPS]))),
+        prompts_each=prompts,
+        windows_each=windows,
+        rows=rows,
+        contexts=contexts,
+        decode_tokens=decode_tokens,
+        decode_prompts=decode_prompts,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    if decode_tokens and "dense" not in chosen:
+        raise UsageError("--decode-tokens compares with what dense writes: add dense to --systems")
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"-o {out}: there is no folder {out.absolute().parent}, make it or choose another place")
-    data = artifact_data(artifact)
-    model, tokenizer = load(artifact, device=device, dtype=dtype)
-    plan = model.sparsec_plan
-    tensors = {name: tensor.clone() for name, tensor in indexer_tensors(model).items()}
-    uninstall(model)
-    recipe = data["manifest"]["recipe"]
-    calibration = Calibration(read_corpus(text or recipe["calibration"]), tokenizer, seed=recipe["seed"])
+    where: dict[str, Any] = {"text": text, "base": base, "device": device, "dtype": dtype, "cache_dir": cache_dir()}
     with drawing() as listen:
-        result = evaluate(
-            model,
-            tokenizer,
-            plan,
-            tensors,
-            calibration,
-            lengths=wanted,
-            systems=chosen,
-            tasks=asked,
-            prompts_each=prompts,
-            windows_each=windows,
-            rows=rows,
-            batch_size=batch_size,
-            seed=seed,
-            listen=listen,
-        )
-    result["artifact"] = {"producer": plan.producer, "plan": plan.digest}
+        result = evaluate_artifacts(artifacts, chosen, suite, **where, listen=listen)
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(result, indent=2) if as_json else evaluation_text(result))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from sparsec.errors import ArtifactError
+from sparsec.export import evaluation
+from sparsec.export.evaluation import NONE
+from sparsec.export.selectors import KINDS, break_even_words, head_rows, share, unit
+from sparsec.export.words import MINUS, measured, size
 from sparsec.layout import MANIFEST, MEASUREMENTS, REPORT, check_tensors, is_artifact, read_json, read_plan
 from sparsec.plan import Plan
 
@@ -14,12 +20,14 @@ if TYPE_CHECKING:
     from sparsec.compiler.pipeline import Outcome
     from sparsec.passes.base import Pass
 
+NUMBER = re.compile(rf"[+\-{MINUS}]?\.?\d|[-{NONE}]?$")  # or nothing, or a dash
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need; numbers to the right. No truncation: a pipe gets what a terminal gets."""
     cells = [list(map(str, row)) for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    right = [bool(rows) and all(row[i][:1] in "0123456789+-." for row in rows) for i in range(len(head))]
+    right = [bool(rows) and all(NUMBER.match(row[i]) for row in rows) for i in range(len(head))]
     lines = [
         "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
         for row in cells
@@ -66,6 +74,7 @@ def artifact_text(path: Path, data: Mapping[str, Any]) -> str:
         _head_map(plan),
         "",
         *_gate_lines(data["measurements"]["gate"]),
+        *_selector_lines(measured(data["measurements"], "rtpurbo")),
         "",
         f"report    {path / REPORT}",
     ]
@@ -80,6 +89,7 @@ def _plan_lines(plan: Plan) -> list[str]:
     if plan.window is not None:
         lines += [
             f"window    {plan.window.size} tokens and {plan.window.sinks} sinks; dense up to {plan.min_context} tokens",
+            *["          one token more, the mean of all that left the window"] * plan.window.compensate,
             f"memory    {freed} of {plan.model.layers * plan.model.kv_heads} KV heads keep sinks and window only",
         ]
     if plan.selector is not None:
@@ -88,6 +98,8 @@ def _plan_lines(plan: Plan) -> list[str]:
         lines += [
             f"selector  rank {s.rank}, {s.rope}-RoPE, top-p {s.top_p} of {unit}, {s.sinks} sinks and "
             f"the last {s.recent} forced, one set a {s.scope}",
+            *[f"          in prefill too: {s.query_block} rows at a time choose blocks of {s.block}"]
+            * (s.prefill == "selector"),
             f"sharing   {plan.pattern} on layers {', '.join(map(str, plan.indexed()))}",
         ]
     return lines
@@ -120,6 +132,31 @@ def _gate_lines(gate: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _selector_lines(split: Mapping[str, Any] | None) -> list[str]:
+    """What rtpurbo measured of the selectors, before any sharing: recall, tokens, bytes, and a row a head."""
+    if split is None or not split["selector"]["heads"]:
+        return []
+    found = split["selector"]
+    if "resident" not in found:
+        return ["", "selectors measured by an older sparsec, which wrote less: compile again for the rest"]
+    all_, held = found["summary"], found["resident"]
+    parts = [f"{name} {size(held[kind])}" for kind, name in KINDS.items() if held[kind]]
+    return [
+        "",
+        f"selectors before any sharing, {all_['rows']} decode rows in {all_['context_mean']:.0f} tokens",
+        f"          recall {share(all_['recall_mean'])}; without sinks {share(all_['sinkless_mean'])}; without any "
+        f"forced token {share(all_['far_mean'])}",
+        f"          tokens kept: {all_['kept_mean']:.0f} as {unit(all_)}, {all_['other_kept_mean']:.0f} as "
+        f"{unit(all_, other=True)}, {all_['oracle_kept_mean']:.0f} by the true attention",
+        f"bytes     break-even of what a decode step reads: {break_even_words(found['break_even'])}; no time",
+        f"          cache of {split['context']} tokens: {', '.join(parts)}; dense {size(held['dense'])}",
+        "",
+        table(*head_rows(found["heads"], all_)),
+        "recall of true attention mass: all, no sinks, no forced token (chosen); p5: 5% of rows find less",
+        f"kept: tokens as run, p95, by the same scores as {unit(all_, other=True)}, by the true attention (perfect)",
+    ]
+
+
 def outcome_text(outcome: Outcome) -> str:
     """What ``sparsec compile`` prints at the end."""
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in outcome.seconds.items())
@@ -135,50 +172,11 @@ def outcome_text(outcome: Outcome) -> str:
 
 
 def evaluation_text(result: Mapping[str, Any]) -> str:
-    """``sparsec eval``: one row a length and system."""
-    tasks = sorted({task for cell in result["cells"] for task in cell.get("tasks", {})})
-    dense = {c["length"]: c.get("bits_per_byte") for c in result["cells"] if c["system"] == "dense"}
-    full = {c["length"]: c.get("kv_bytes") for c in result["cells"] if c["system"] == "dense"}
-    head = [
-        "length",
-        "system",
-        "bits/byte",
-        "vs dense",
-        *tasks,
-        "recall",
-        "kept",
-        "kept p95",
-        "KV MiB",
-        "of dense",
-    ]
-    rows = []
-    for cell in result["cells"]:
-        bits, base = cell.get("bits_per_byte"), dense.get(cell["length"])
-        selector = cell.get("selector") or {}
-        bytes_, whole = cell.get("kv_bytes"), full.get(cell["length"])
-        rows.append(
-            [
-                str(cell["length"]),
-                cell["system"],
-                f"{bits:.4f}" if bits else "-",
-                f"{bits / base - 1:+.2%}" if bits and base else "-",
-                *(f"{cell['tasks'][task]['exact']:.2f}" if task in cell.get("tasks", {}) else "-" for task in tasks),
-                f"{selector['recall_mean']:.3f}" if selector else "-",
-                f"{selector['kept_mean']:.0f}" if selector else "-",
-                f"{selector['kept_p95']:.0f}" if selector else "-",
-                f"{bytes_ / 2**20:.1f}" if bytes_ else "-",
-                f"{bytes_ / whole:.0%}" if bytes_ and whole else "-",
-            ]
-        )
-    windows = {len(cell["windows"]) for cell in result["cells"] if "windows" in cell}
-    tail = [
-        f"{result['prompts_each']} prompts a task and length, {'/'.join(map(str, sorted(windows)))} text windows, "
-        f"the last {result['rows']} tokens of each scored as decode rows",
-        f"seed {result['seed']}, {result['device']}, {result['dtype']}",
-        f"text: {result['text']['spec']} (held-out part, digest {result['text']['digest'][:16]})",
-        *result["notes"],
-    ]
-    return "\n".join([table(head, rows), "", *tail])
+    """``sparsec eval``: its tables, how to read them, what they were measured on."""
+    parts = []
+    for each in evaluation.tables(result):
+        parts += [*([f"{each.title}"] if each.title else []), table(each.head, each.rows), fill(each.note, 110), ""]
+    return "\n".join([*parts, *evaluation.made_of(result, result["text"]["spec"])])
 
 
 def pass_data(kind: type[Pass]) -> dict[str, Any]:

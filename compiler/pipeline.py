@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from torch import Tensor
 
 import sparsec
 from sparsec.calibrate.corpus import read_corpus
-from sparsec.calibrate.decode import SelectorStats, text_loss
+from sparsec.calibrate.decode import text_loss
+from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.splits import Calibration
+from sparsec.calibrate.trainable import put_weights
 from sparsec.compiler.checkpoint import load_config
 from sparsec.compiler.recipe import Gate, Recipe
 from sparsec.compiler.registry import make_passes
@@ -46,7 +49,9 @@ from sparsec.plan import PassRecord, Plan
 from sparsec.plugins.device import check_dtype, device_map
 from sparsec.plugins.families import family_of, native_local_layers, shape_of
 from sparsec.plugins.load import load
+from sparsec.plugins.runtime import applied
 
+WEIGHTS = "weights/"  # marks base weights among a stage's tensors
 PRODUCER = f"sparsec {sparsec.__version__}"
 
 
@@ -94,13 +99,18 @@ def compile_model(job: Job) -> Outcome:
     calibration = Calibration(read_corpus(job.recipe.calibration), tokenizer, seed=job.recipe.seed)
     compile_ = _Compile(job, source, load_model(source, device=job.device, dtype=job.dtype), calibration)
     for each in passes:
+        if each.trains:
+            compile_.measure_dense()
         compile_.run_pass(each)
-    dense = compile_.dense_loss()
+        if each is not passes[-1]:
+            compile_.measure_pass()
+    dense = compile_.measure_dense()
     compile_.free_model()
 
     plan = compile_.program.plan
     with writing(job.out, force=job.force) as aside:
-        write_model(aside, source.path, weight_files(source.path), plan, compile_.program.tensors)
+        program = compile_.program
+        write_model(aside, source.path, weight_files(source.path), plan, program.tensors, compile_.weights)
         verdict = compile_.judge(aside, dense)
         measurements = compile_.measurements(verdict)
         manifest = compile_.manifest(passes)
@@ -126,6 +136,8 @@ class _Compile:
         self.stages = Stages(job.cache_dir / "stages")
         self.passes: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
+        self.weights: dict[str, Tensor] = {}  # base weights that passes trained
+        self.dense: dict[str, Any] | None = None
         native = native_local_layers(model.config)
         plan = Plan.dense(shape_of(model.config), PRODUCER, native)
         self.program = Program(model, plan, {}, job.recipe.seed, job.listen)
@@ -139,7 +151,7 @@ class _Compile:
         config = each.model_dump(mode="json")
         data, tensors = self._stage(
             each.name,
-            lambda: _run(each, program, self.calibration),
+            lambda scratch: _run(each, replace(program, scratch=scratch if each.trains else None), self.calibration),
             plan=program.plan.to_json(),
             tensors=tensors_digest(program.tensors),
             config=config,
@@ -148,37 +160,58 @@ class _Compile:
         plan = Plan.parse(data["plan"])
         record = PassRecord(name=each.name, config=config).model_dump(mode="json")
         plan = plan.edit(passes=[*(p.model_dump(mode="json") for p in program.plan.passes), record])
-        self.passes.append({"name": each.name, "tier": each.tier, "config": config, "measured": data["measured"]})
+        trained = {name.removeprefix(WEIGHTS): tensors.pop(name) for name in list(tensors) if name.startswith(WEIGHTS)}
+        put_weights(program.model, trained)
+        self.weights |= trained
+        tier = each.tier_of_run()
+        self.passes.append({"name": each.name, "tier": tier, "config": config, "measured": data["measured"]})
         self.program = replace(program, plan=plan, tensors=tensors)
 
     def free_model(self) -> None:
         """The dense model goes before the artifact is loaded: one model in memory at a time."""
         self.program = replace(self.program, model=None)
 
-    def dense_loss(self) -> dict[str, Any]:
-        """What the gate compares with: stored, so that a resumed compile need not measure it again."""
+    def measure_dense(self) -> dict[str, Any]:
+        """What the gate compares with, measured before any pass trains the weights."""
+        if self.dense is None:
+            self.dense = self._loss("measure dense", None)
+        return self.dense
+
+    def measure_pass(self) -> None:
+        """What the passes so far cost: the same measure as the gate's, on the program in memory."""
+        if self.program.plan.is_dense:
+            return
+        name = self.passes[-1]["name"]
+        self.passes[-1]["after"] = self._loss(f"measure {name}", self.program.plan)
+
+    def _loss(self, stage: str, plan: Plan | None) -> dict[str, Any]:
+        """Decode-regime loss on the gate's windows, stored, so that a resumed compile need not measure again."""
         windows, prompt = self._gate_windows()
+        program, stats = self.program, SelectorStats()
 
-        def measure() -> tuple[Any, dict[str, Tensor]]:
-            loss = text_loss(
-                self.program.model,
-                self.calibration.tokenizer,
-                windows,
-                prompt,
-                listen=self.job.listen,
-                stage="measure dense",
-            )
-            return loss.to_json(), {}
+        def measure(_: Path) -> tuple[Any, dict[str, Tensor]]:
+            with applied(program.model, plan, program.tensors) if plan else nullcontext():
+                loss = text_loss(
+                    program.model,
+                    self.calibration.tokenizer,
+                    windows,
+                    prompt,
+                    observe=stats,
+                    listen=self.job.listen,
+                    stage=stage,
+                )
+            return loss.to_json() | ({"selector": stats.summary()} if plan else {}), {}
 
-        return dict(
-            self._stage(
-                "measure dense",
-                measure,
-                windows=[window.tolist() for window in windows],
-                prompt=prompt,
-                code=code_digest(),
-            )[0]
+        found = self._stage(
+            stage,
+            measure,
+            windows=[window.tolist() for window in windows],
+            prompt=prompt,
+            code=code_digest(),
+            plan=plan.to_json() if plan else None,
+            tensors=tensors_digest({**program.tensors, **self.weights}) if plan else None,
         )
+        return dict(found[0])
 
     def judge(self, aside: Path, dense: Mapping[str, Any]) -> dict[str, Any]:
         """The gate: held-out bits per byte and mass recall of the artifact as loaded afresh from the disk."""
@@ -220,6 +253,7 @@ class _Compile:
             },
             "recipe": self.job.recipe.model_copy(update={"passes": resolved}).model_dump(mode="json"),
             "calibration": self.calibration.digest,
+            "weights": "trained" if self.weights else "unchanged",
             "device": self.job.device,
             "dtype": self.job.dtype,
             "versions": {
@@ -254,8 +288,9 @@ class _Compile:
             self.seconds[name] = 0.0
             return stored
         began = time.monotonic()
-        data, tensors = run()
-        self.stages.store(key, data, tensors)
+        with self.stages.scratch(key) as scratch:
+            data, tensors = run(scratch)
+            self.stages.store(key, data, tensors)
         self.seconds[name] = time.monotonic() - began
         return data, tensors
 
@@ -286,7 +321,8 @@ def verdict(
 def _run(each: Pass, program: Program, calibration: Calibration) -> tuple[Any, dict[str, Tensor]]:
     torch.manual_seed(program.seed)
     result = each.run(program, calibration)
-    return {"plan": result.plan.to_json(), "measured": dict(result.measured)}, dict(result.tensors)
+    weights = {f"{WEIGHTS}{name}": weight for name, weight in result.weights.items()}
+    return {"plan": result.plan.to_json(), "measured": dict(result.measured)}, {**result.tensors, **weights}
 
 
 def _say(job: Job) -> Any:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from sparsec.compiler.quiet import one_line
 from sparsec.errors import UsageError
-from sparsec.passes.base import Pass
+from sparsec.passes.base import TIERS, Pass, Tier
 from sparsec.plan import first_error
 
 GROUP = "sparsec.passes"
@@ -70,6 +70,24 @@ def make_passes(configs: Mapping[str, Mapping[str, Any]]) -> list[Pass]:
             raise UsageError(f"there is no pass {name!r}: {suggest(name, list(known))}")
         made.append(make_pass(_load(known[name]), options))
     return in_order(made)
+
+
+def with_tier(configs: Mapping[str, Mapping[str, Any]], tier: Tier) -> dict[str, dict[str, Any]]:
+    """Options by pass name with what ``--tier`` sets below those that are given.
+
+    Raises:
+        UsageError: an unknown pass, or one that cannot be had for so little.
+    """
+    known, filled = _entries(), {}
+    for name, options in configs.items():
+        if name not in known:
+            raise UsageError(f"there is no pass {name!r}: {suggest(name, list(known))}")
+        kind = _load(known[name])
+        if tier not in kind.presets and TIERS.index(kind.tier) > TIERS.index(tier):
+            least = next(iter(kind.presets), kind.tier)
+            raise UsageError(f"{name} is not to be had at tier {tier}: drop it, or give --tier {least}")
+        filled[name] = {**kind.presets.get(tier, {}), **options}
+    return filled
 
 
 def make_pass(kind: type[Pass], options: Mapping[str, Any]) -> Pass:

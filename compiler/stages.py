@@ -10,7 +10,8 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ class Stages:
         except ArtifactError:
             shutil.rmtree(place)  # a failing disk: it is computed again
             return None
+
+    @contextmanager
+    def scratch(self, fingerprint: str) -> Iterator[Path]:
+        """A folder for what a stage wants to find again if it is stopped; it goes when the stage has ended well."""
+        place = self.folder / f"{fingerprint}.unfinished"
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            yield place
+        except BaseException:
+            if not any(place.iterdir()):
+                place.rmdir()
+            raise
+        shutil.rmtree(place)
 
     def store(self, fingerprint: str, data: Any, tensors: Mapping[str, Tensor]) -> None:
         """Keep a result. Two writers of one fingerprint have the same result, so the first may win."""

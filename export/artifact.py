@@ -1,7 +1,7 @@
 """Writes an artifact aside and puts it in place: whole, or not at all.
 
 config.json, generation_config.json, tokenizer files   the model's own; config.json gains "sparsec_config"
-model*.safetensors                                      the base weights, unchanged
+model*.safetensors                                      the base weights: unchanged files where no pass trained them
 sparsec.safetensors                                     what the plan added
 manifest.json                                           sha256 of every other file, and how it was made
 measurements.json, report.html, README.md               what was measured
@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsec.errors import ArtifactError
@@ -122,7 +124,14 @@ def model_files(source: Path, weights: Sequence[Path]) -> list[Path]:
     return sorted(file for file in kept if file.is_file())
 
 
-def write_model(aside: Path, source: Path, weights: Sequence[Path], plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+def write_model(
+    aside: Path,
+    source: Path,
+    weights: Sequence[Path],
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor] | None = None,
+) -> None:
     """The model's files with the plan: all that the runtime needs.
 
     Args:
@@ -131,14 +140,43 @@ def write_model(aside: Path, source: Path, weights: Sequence[Path], plan: Plan, 
         weights: its safetensors files.
         plan: goes into config.json.
         tensors: the plan's, by artifact name.
+        trained: base weights that passes changed, by name; they are stored in the dtype that the file has them in.
+
+    Raises:
+        ArtifactError: a trained weight has no place in the files.
     """
+    left = dict(trained or {})
     for file in model_files(source, weights):
         place = aside / file.relative_to(source)
         place.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, place)
+        names = _stored_names(file) & left.keys() if file.suffix == ".safetensors" else set()
+        if names:
+            _rewrite(file, place, {name: left.pop(name) for name in names})
+        else:
+            shutil.copyfile(file, place)
+    if left:
+        raise ArtifactError(
+            f"the trained weight {min(left)} is not in the files of {source}: save the checkpoint again with "
+            "save_pretrained of transformers and compile that"
+        )
     write_json(aside / CONFIG, {**read_json(source / CONFIG), PLAN_KEY: plan.to_json()})
     if tensors:
         write_tensors(aside / TENSORS, tensors)
+
+
+def _stored_names(file: Path) -> set[str]:
+    with safe_open(file, framework="pt") as stored:  # type: ignore[no-untyped-call]
+        return set(stored.keys())
+
+
+def _rewrite(file: Path, place: Path, changed: Mapping[str, Tensor]) -> None:
+    """A weights file with some tensors replaced."""
+    with safe_open(file, framework="pt") as stored:  # type: ignore[no-untyped-call]
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata()
+    for name, weight in changed.items():
+        tensors[name] = weight.to(tensors[name].dtype).contiguous()
+    save_file(tensors, place, metadata=metadata)
 
 
 def write_manifest(aside: Path, made: Mapping[str, Any]) -> None:

@@ -23,6 +23,9 @@ def cautions(plan: Plan, measurements: Mapping[str, Any]) -> list[str]:
     split, search = measured(measurements, "rtpurbo"), measured(measurements, "indexcache")
     if split is not None:
         found += _split(plan, split, configured(measurements, "rtpurbo"), measurements["gate"])
+    razor = measured(measurements, "razor")
+    if razor is not None:
+        found += _repeats(razor, configured(measurements, "razor"), measurements["gate"])
     if search is not None:
         found += _search(search)
     return found + _text(measurements["calibration"])
@@ -78,7 +81,7 @@ def _gate(plan: Plan, gate: Mapping[str, Any]) -> list[str]:
     if plan.window is not None and not evicted(plan):
         found.append(
             "No KV head is evicted, since every one has a retrieval head among its query heads: "
-            "rtpurbo's granularity kv_head keeps and windows whole groups."
+            "granularity kv_head of the pass that split them keeps and windows whole groups."
         )
     return found
 
@@ -131,6 +134,39 @@ def _split(plan: Plan, split: Mapping[str, Any], config: Mapping[str, Any], gate
         found.append(
             f"The model reads {count(split['readable'])} tokens; nothing beyond {count(gate['context'])} "
             "was judged by the gate."
+        )
+    return found
+
+
+def _repeats(razor: Mapping[str, Any], config: Mapping[str, Any], gate: Mapping[str, Any]) -> list[str]:
+    found, check = [], razor["causal_check"]
+    if check["dense"] < LEAST_COPYING:
+        found.append(
+            f"The dense model itself continues only {percent(check['dense'])} of the repeated tokens: "
+            "on this model they say little about which heads retrieve."
+        )
+    elif not check_shown(check):
+        found.append(
+            f"The causal check does not show that the kept heads do the copying: repeated tokens are continued at "
+            f"{percent(check['kept_heads_local'])} without them, at {percent(check['random_heads_local'])} without as "
+            "many random others."
+        )
+    for name in ("induction", "echo"):
+        agree = razor[name]["rank_stability"]["jaccard"] if razor[name]["kept"] else 1.0
+        if agree < LEAST_JACCARD:
+            found.append(
+                f"Two halves of the random sequences agree on only {percent(agree, 0)} of the {name} heads that either "
+                "would keep: more draws would make the choice firmer."
+            )
+    if config["window"] is None:
+        found.append(
+            f"Windows are {count(razor['window'])} tokens, scaled to the {count(razor['readable'])} that the model "
+            "reads; the paper's grow with the context."
+        )
+    if gate["context"] < razor["readable"]:
+        found.append(
+            f"The model reads {count(razor['readable'])} tokens; nothing beyond {count(gate['context'])} was judged by "
+            "the gate."
         )
     return found
 

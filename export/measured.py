@@ -1,4 +1,4 @@
-"""The report's sections on what the passes measured: detection, indexers, selectors, sharing."""
+"""The report's sections on what the passes measured: detection, indexers, sharing; selectors.py has theirs."""
 
 from __future__ import annotations
 
@@ -74,41 +74,6 @@ def stage1(split: Mapping[str, Any]) -> str:
             "Nats a head. Thin: each step, on the rows drawn for it; thick: smoothed; dotted: before and after, on all "
             f"{count(fit['rows'])} rows of {plural(fit['windows'], 'window')}.",
         ),
-    )
-
-
-def selectors(split: Mapping[str, Any], least: float) -> str:
-    """What each head's selector finds. split: what rtpurbo measured; least: the mean recall that the gate asks for."""
-    heads, summary = split["selector"]["heads"], split["selector"]["summary"]
-    if not heads:
-        return ""
-    points = [(h["kept_mean"], h["recall_mean"], f"layer {h['layer']} head {h['head']}") for h in heads]
-    label = f"Tokens kept against mass recall of {len(heads)} heads; mean recall {percent(summary['recall_mean'])}"
-    rows = [
-        [
-            *(str(h[name]) for name in ("layer", "head")),
-            *(percent(h[name]) for name in ("recall_mean", "recall_p5")),
-            *(count(h[name]) for name in ("kept_mean", "kept_p95")),
-        ]
-        for h in heads
-    ]
-    top = ["layer", "head", "recall, mean", "recall, p5", "tokens kept, mean", "tokens kept, p95"]
-    return section(
-        "selectors",
-        "What the selectors find",
-        paragraph(
-            "In decode a retrieval head reads only the tokens that its indexer selects. They hold "
-            f"{percent(summary['recall_mean'])} of the head's true attention mass on average, in "
-            f"{count(summary['kept_mean'])} of {count(summary['context_mean'])} tokens. Here each head has its own "
-            "set, before any sharing."
-        ),
-        figure(
-            svg.scatter(points, least, label, "tokens kept, mean"),
-            "Each dot is a head: mean tokens kept, forced ones included, and mean share of true attention mass in "
-            f"them. {plural(summary['rows'], 'decode row')} of text that no training saw.",
-            [("warn", f"the mean that the gate asks for ({percent(least)})")],
-        ),
-        folded(f"All {len(heads)} heads as a table", table(top, rows, words=0)),
     )
 
 

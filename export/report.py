@@ -12,7 +12,7 @@ import yaml
 
 from sparsec.export import svg
 from sparsec.export.cautions import cautions
-from sparsec.export.measured import detection, selectors, sharing, stage1
+from sparsec.export.measured import detection, sharing, stage1
 from sparsec.export.page import (
     caution,
     facts,
@@ -29,6 +29,8 @@ from sparsec.export.page import (
     title,
     verdict,
 )
+from sparsec.export.repeated import chosen_prefill, repeats
+from sparsec.export.selectors import selectors
 from sparsec.export.words import (
     change,
     commands,
@@ -57,9 +59,14 @@ def render_report(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping
     """
     split, search = measured(measurements, "rtpurbo"), measured(measurements, "indexcache")
     warnings = cautions(plan, measurements)
-    body = [_headline(plan, measurements, manifest, len(warnings)), _heads(plan, split)]
+    razor = measured(measurements, "razor")
+    body = [_headline(plan, measurements, manifest, len(warnings)), _heads(plan, split or razor)]
+    if razor is not None:
+        body.append(repeats(razor))
     if split is not None:
         body += [detection(split), stage1(split), selectors(split, measurements["gate"]["allowed"]["min_recall"])]
+        if "prefill" in split:
+            body.append(chosen_prefill(split["prefill"]))
     if search is not None:
         body.append(sharing(search, configured(measurements, "indexcache")["max_loss"]))
     body += [_text(measurements, split, search), _recipe(manifest), _warnings(warnings), _foot(plan, manifest)]
@@ -131,6 +138,9 @@ def _text(measurements: Mapping[str, Any], split: Mapping[str, Any] | None, sear
         ]
         if seen:
             used.append(["selectors", "search", f"{plural(seen['rows'], 'row')} in contexts of {length} tokens"])
+        if "prefill" in split:
+            chosen = split["prefill"]
+            used.append(["chosen prefill", "search", _windows(chosen["windows"], chosen["context"], chosen["rows"])])
     if search is not None:
         used.append(["sharing", "search", _windows(search["windows"], search["context"], search["rows"])])
     used.append(["gate", _split_name("heldout"), _windows(gate["windows"], gate["context"], gate["decode_rows"])])

@@ -156,8 +156,9 @@ def runs(plan: Plan) -> list[tuple[str, str]]:
     if plan.window is not None:
         local, gone, all_kv = heads - kept, evicted(plan), shape.layers * shape.kv_heads
         seen = f"the last {count(plan.window.size)} and the first {plan.window.sinks} tokens"
+        rest = "; the mean of all others stands for them" if plan.window.compensate else ""
         out += [
-            ("local heads", f"{count(local)}, each sees {seen}"),
+            ("local heads", f"{count(local)}, each sees {seen}{rest}"),
             ("KV cache", f"{gone} of {all_kv} KV heads keep only these, the others every token"),
         ]
     if plan.selector is not None and plan.indexed():
@@ -171,6 +172,12 @@ def runs(plan: Plan) -> list[tuple[str, str]]:
                 "selection",
                 f"in decode, {unit} up to {percent(s.top_p, 0)} of the indexer's softmax mass, one set a {own}; "
                 f"the first {s.sinks} and the last {s.recent} tokens always",
+            ),
+            (
+                "prefill",
+                "dense"
+                if s.prefill == "dense"
+                else f"{s.query_block} rows at a time choose blocks of {s.block} tokens by the same indexers",
             ),
             ("sharing", f"{plan.pattern if 'S' in plan.pattern else 'none; indexers'} on layers {indexed}"),
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from sparsec.events import Listener, silent
 from sparsec.plan import Plan, Strict
 
 Tier = Literal["training-free", "minutes", "hours"]
+TIERS: tuple[Tier, ...] = ("training-free", "minutes", "hours")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Program:
     tensors: Mapping[str, Tensor]  # by artifact name, float32, on the CPU
     seed: int = 0
     listen: Listener = field(default=silent, compare=False)
+    scratch: Path | None = None  # a folder of this pass and these inputs alone; kept until the pass is done
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class PassResult:
     plan: Plan
     tensors: Mapping[str, Tensor]
     measured: Mapping[str, Any]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # base weights that changed, by name, on the CPU
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,18 @@ class Pass(Strict):
 
     name: ClassVar[str]
     tier: ClassVar[Tier]
+    presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {}  # what --tier sets, by tier; empty: the pass has one tier
     summary: ClassVar[str]
     source: ClassVar[str]  # the paper
     after: ClassVar[tuple[str, ...]] = ()  # passes that run earlier if they run at all
     conflicts: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ()  # what the plan must have
     gives: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ()  # what the plan has afterwards
+    trains: ClassVar[bool] = False  # changes base weights
+
+    def tier_of_run(self) -> Tier:
+        """What this configuration costs."""
+        return self.tier
 
     @abstractmethod
     def run(self, program: Program, calibration: Calibration) -> PassResult:

@@ -10,14 +10,15 @@ What the paper leaves open and what is chosen here: docs/passes/rtpurbo.md.
 
 from __future__ import annotations
 
-import random
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsec.calibrate.decode import SelectorStats, decode_rows
+from sparsec.calibrate.decode import decode_rows
+from sparsec.calibrate.decode_bytes import break_even, resident_bytes
 from sparsec.calibrate.indexer_fit import (
     Forced,
     closed_form,
@@ -29,29 +30,39 @@ from sparsec.calibrate.indexer_fit import (
 )
 from sparsec.calibrate.indexer_fit import Window as SampledWindow
 from sparsec.calibrate.needles import NeedleDocument, needle_documents
-from sparsec.calibrate.retrieval_heads import copying_accuracy, needle_mass, stability, top_heads
+from sparsec.calibrate.prefill_quality import prefill_quality
+from sparsec.calibrate.retrieval_heads import needle_mass
+from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.splits import Calibration
-from sparsec.errors import PlanError
 from sparsec.events import Event, tracked
-from sparsec.passes.base import Cost, Pass, PassResult, Program
+from sparsec.passes.base import Cost, Pass, PassResult, Program, Tier
+from sparsec.passes.split import (
+    Granularity,
+    Heads,
+    best_heads,
+    by_layer,
+    causal_check,
+    scaled_window,
+    split_plan,
+    splittable,
+)
 from sparsec.plan import Plan, Selector, Window
-from sparsec.plugins.families import native_local_layers
 from sparsec.plugins.runtime import applied
-
-Heads = dict[int, tuple[int, ...]]  # by layer
 
 
 class Rtpurbo(Pass):
     """Head split and indexers. Windows, sinks and contexts are tokens."""
 
     name: ClassVar[str] = "rtpurbo"
-    tier: ClassVar[Literal["minutes"]] = "minutes"
+    tier: ClassVar[Tier] = "minutes"
+    presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {"training-free": {"steps": 0}, "minutes": {}, "hours": {}}
     summary: ClassVar[str] = "keep retrieval heads with low-rank indexers, window the other heads"
     source: ClassVar[str] = "RTPurbo, arXiv 2605.16928"
+    conflicts: ClassVar[tuple[str, ...]] = ("razor", "window")
     gives: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ("heads", "indexers")
 
     ratio: float = Field(default=0.15, gt=0, lt=1, description="share of heads kept as retrieval heads")
-    granularity: Literal["query_head", "kv_head"] = Field(
+    granularity: Granularity = Field(
         default="query_head",
         description="kv_head decides for whole GQA groups, so that every local KV head is freed",
     )
@@ -65,6 +76,10 @@ class Rtpurbo(Pass):
     top_p: float = Field(default=0.9, gt=0, le=1, description="kept share of the selector's mass")
     select: Literal["token", "block"] = Field(default="token", description="granularity of the selection")
     block: int = Field(default=64, ge=1, description="tokens a block")
+    prefill: Literal["dense", "selector"] = Field(
+        default="dense", description="prompt rows of retrieval heads: dense (the paper), or key blocks by the selector"
+    )
+    query_block: int = Field(default=64, ge=1, le=1024, description="prompt rows that choose key blocks together")
     forced_recent: int = Field(default=64, ge=0, description="latest tokens that retrieval heads always keep (ours)")
     min_keep: int = Field(default=64, ge=0, description="unforced tokens kept at least (ours); the paper's block is 64")
     context: int | None = Field(default=None, ge=128, description="tokens a calibration window; null: 4 windows")
@@ -83,22 +98,18 @@ class Rtpurbo(Pass):
     def run(self, program: Program, calibration: Calibration) -> PassResult:
         """Detect, split, check, fit. See :class:`sparsec.passes.base.Pass`."""
         plan, model, listen = program.plan, program.model, program.listen
-        if any(layer.local for layer in plan.layers):
-            raise PlanError("rtpurbo starts from a dense plan, this one already has local heads: run it first")
+        allowed = splittable(program, self.name)
         readable = int(model.config.max_position_embeddings)
         window = self.window_for(readable)
         context = self.context or min(readable, 4 * window)
-        allowed = torch.ones(plan.model.layers, dtype=torch.bool)
-        allowed[list(native_local_layers(model.config))] = False
-        if not allowed.any():
-            raise PlanError("the model runs every layer with its own sliding window: there is nothing left to split")
 
         documents = self._documents(calibration, context, window, self.documents, program.seed)
         scores = needle_mass(model, documents, plan.model, listen)
         heads, measured = self._partition(scores, plan, allowed)
         listen(Event("detect retrieval heads", note=f"kept {sum(map(len, heads.values()))} heads"))
         measured |= {"window": window, "context": context, "readable": readable}
-        measured["causal_check"] = self._causal_check(program, documents[:3], heads, allowed, window)
+        sized = Window(size=window, sinks=self.sinks)
+        measured["causal_check"] = causal_check(program, documents[:3], heads, allowed, sized, self.min_context)
 
         split = self._split(plan, heads, window)
         samples = self._samples(program, calibration, split, heads, context, window)
@@ -128,12 +139,14 @@ class Rtpurbo(Pass):
             for part, weight in zip(("q_proj", "k_proj"), pair, strict=True)
         }
         measured["selector"] = self._selector(program, calibration, split, tensors, context)
+        if self.prefill == "selector":
+            measured["prefill"] = self._prefill(program, calibration, split, tensors, context)
         return PassResult(split, tensors, measured)
 
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """Detection, two causal checks, captures and the selector's measurement are forwards of one window each."""
         context = self.context or min(max_positions, 4 * self.window_for(max_positions))
-        forwards = self.documents + 2 * 3 + 2 * self.windows + 2
+        forwards = self.documents + 2 * 3 + 2 * self.windows + 4 + 4 * (self.prefill == "selector")
         kept = round(self.ratio * plan.model.layers * plan.model.heads)
         resident = 2 * self.windows * kept * (2 * self.rows + 2 * context) * plan.model.head_dim * 4
         # A training step is a few matrix products of rows x context x head_dim a head: small beside a forward.
@@ -141,7 +154,7 @@ class Rtpurbo(Pass):
 
     def window_for(self, readable: int) -> int:
         """The paper's 8192 belongs to models that read 128K and more: scaled to 1/16 of what this one reads."""
-        return self.window or max(16, min(8192, readable // 16))
+        return scaled_window(self.window, readable)
 
     def _documents(
         self, calibration: Calibration, length: int, window: int, count: int, seed: int
@@ -162,22 +175,8 @@ class Rtpurbo(Pass):
         """Global over layers, by query head or by KV head (a group is as good as its best head)."""
         shape, mean = plan.model, scores.mean(0)
         possible = int(allowed.sum()) * shape.heads
-        if self.granularity == "query_head":
-            count = max(1, round(self.ratio * possible))
-            chosen = top_heads(mean, count, allowed)
-            stable = stability(scores, count, allowed)
-        else:
-            count = max(1, round(self.ratio * possible / shape.group))
-            grouped = scores.reshape(*scores.shape[:-1], shape.kv_heads, shape.group).amax(-1)
-            stable = stability(grouped, count, allowed)
-            chosen = [
-                (layer, kv * shape.group + place)
-                for layer, kv in top_heads(grouped.mean(0), count, allowed)
-                for place in range(shape.group)
-            ]
-        heads: Heads = {}
-        for layer, head in chosen:
-            heads[layer] = (*heads.get(layer, ()), head)
+        chosen, stable = best_heads(scores, self.ratio, shape, allowed, self.granularity)
+        heads = by_layer(chosen)
         measured = {
             "head_scores": [[round(float(s), 6) for s in row] for row in mean],
             "rank_stability": stable,
@@ -187,17 +186,8 @@ class Rtpurbo(Pass):
         }
         return heads, measured
 
-    def _split(self, plan: Plan, heads: Heads, window: int, index: str = "full") -> Plan:
+    def _split(self, plan: Plan, heads: Heads, window: int) -> Plan:
         """Retrieval heads with an indexer, all others local."""
-        layers = [
-            layer.model_dump()
-            if layer.heads is None
-            else {
-                "heads": tuple(int(h in heads.get(i, ())) for h in range(plan.model.heads)),
-                "index": index if heads.get(i) else "none",
-            }
-            for i, layer in enumerate(plan.layers)
-        ]
         selector = Selector(
             rank=min(self.rank, plan.model.head_dim),
             rope=self.rope,
@@ -207,38 +197,11 @@ class Rtpurbo(Pass):
             sinks=self.sinks,
             recent=self.forced_recent,
             min_keep=self.min_keep,
-        )
-        return plan.edit(
-            layers=layers,
-            window=Window(size=window, sinks=self.sinks).model_dump(),
-            selector=selector.model_dump(),
-            min_context=self.min_context if self.min_context is not None else window + self.sinks,
-        )
-
-    def _causal_check(
-        self, program: Program, documents: list[NeedleDocument], heads: Heads, allowed: Tensor, window: int
-    ) -> dict[str, Any]:
-        """The kept heads made local must break copying; as many random other heads must not."""
-        shape = program.plan.model
-        kept = {(layer, head) for layer, found in heads.items() for head in found}
-        others = [
-            (layer, head)
-            for layer in range(shape.layers)
-            if bool(allowed[layer])
-            for head in range(shape.heads)
-            if (layer, head) not in kept
-        ]
-        drawn = set(random.Random(program.seed).sample(others, min(len(kept), len(others))))
-        found: dict[str, Any] = {"heads": len(kept)}
-        found["dense"], found["tokens"] = copying_accuracy(program.model, documents)
-        for name, local in (("kept_heads_local", kept), ("random_heads_local", drawn)):
-            rest: Heads = {
-                layer: tuple(h for h in range(shape.heads) if (layer, h) not in local) for layer in range(shape.layers)
-            }
-            with applied(program.model, self._split(program.plan, rest, window, index="none")):
-                found[name] = copying_accuracy(program.model, documents)[0]
-            program.listen(Event("causal check", note=f"{name}: copies {found[name]:.0%} of needle tokens"))
-        return found
+            prefill=self.prefill,
+            query_block=self.query_block,
+        ).model_dump()
+        sized = Window(size=window, sinks=self.sinks)
+        return split_plan(plan, heads, sized, self.min_context, index="full", selector=selector)
 
     def _samples(
         self, program: Program, calibration: Calibration, split: Plan, heads: Heads, context: int, window: int
@@ -270,10 +233,27 @@ class Rtpurbo(Pass):
     def _selector(
         self, program: Program, calibration: Calibration, plan: Plan, tensors: dict[str, Tensor], context: int
     ) -> dict[str, Any]:
-        """Mass recall and tokens kept on text that no training saw, in decode rows."""
-        stats = SelectorStats()
+        """Mass recall, tokens kept and bytes on text that no training saw, in decode rows; also at shorter contexts."""
+        stats, earlier = SelectorStats(), SelectorStats()
         windows = calibration.windows("search", context, 2, seed=program.seed)
+        rows = min(256, context // 4)
         with applied(program.model, plan, tensors):
             for tokens in tracked(windows, "measure selectors", program.listen, len(windows)):
-                decode_rows(program.model, tokens, context - min(256, context // 4), stats)
-        return {"summary": stats.summary(), "heads": stats.table()}
+                for part in (3, 5):
+                    decode_rows(program.model, tokens[: context * part // 8], context * part // 8 - rows, earlier)
+                decode_rows(program.model, tokens, context - rows, stats)
+        reads = [*earlier.reads(), *stats.reads()]
+        return {
+            "summary": stats.summary(),
+            "heads": stats.table(),
+            "reads": [read.to_json() for read in reads],
+            "break_even": break_even(reads) if reads else None,
+            "resident": resident_bytes(plan, context, program.model.dtype.itemsize),
+        }
+
+    def _prefill(
+        self, program: Program, calibration: Calibration, plan: Plan, tensors: dict[str, Tensor], context: int
+    ) -> dict[str, Any]:
+        """What prompt rows that choose cost, on the same text as the selectors."""
+        windows = calibration.windows("search", context, 2, seed=program.seed)
+        return prefill_quality(program.model, plan, tensors, calibration.tokenizer, list(windows), program.listen)

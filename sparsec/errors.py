@@ -5,6 +5,7 @@
     ├── SourceError         1   the checkpoint cannot be opened
     ├── CalibrationError    1   the calibration text cannot be used
     ├── PlanError           1   a plan that contradicts itself, its model or its tensors
+    ├── TrainingError       1   a training run that cannot go on
     ├── ArtifactError       1   a folder that is no artifact, or is damaged
     └── GateError           3   the artifact is worse than the gate allows
 
@@ -36,6 +37,10 @@ class CalibrationError(SparsecError):
 
 class PlanError(SparsecError):
     """A plan contradicts itself, its model or its tensors."""
+
+
+class TrainingError(SparsecError):
+    """A training run ran out of memory, or lacks a package."""
 
 
 class ArtifactError(SparsecError):

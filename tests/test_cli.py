@@ -71,7 +71,7 @@ def test_passes_are_listed_with_their_tier(cli: Any) -> None:
     for name, tier in (("rtpurbo", "minutes"), ("indexcache", "training-free")):
         assert re.search(rf"^{name} +{tier} ", out, re.MULTILINE)
     listed = json.loads(cli("passes", "--json").out)
-    assert [entry["name"] for entry in listed] == ["indexcache", "rtpurbo"]
+    assert [entry["name"] for entry in listed] == ["distill", "indexcache", "razor", "rtpurbo", "window"]
 
 
 def test_a_pass_is_explained_with_every_option_and_its_default(cli: Any) -> None:
@@ -340,7 +340,7 @@ def test_an_artifact_is_measured_beside_its_baselines(cli: Any, tiny_artifact: P
         assert all(task["n"] == 2 for task in cell["tasks"].values())
         assert cell["bits_per_byte"] > 0
         assert bool(cell["selector"]) == (cell["system"] == "artifact")
-    assert data["artifact"]["plan"] == read_plan(tiny_artifact).digest
+    assert data["artifacts"]["artifact"]["plan"] == read_plan(tiny_artifact).digest
     sizes = {cell["system"]: cell["kv_bytes"] for cell in data["cells"] if cell["length"] == 448}
     assert sizes["window"] < sizes["split"] <= sizes["artifact"] < sizes["dense"]
 
@@ -366,8 +366,8 @@ def test_a_table_is_printed_and_systems_tasks_and_text_can_be_chosen(
         (tmp_path / "text" / f"{number}.txt").write_text(words)
     result = cli(*line, "--tasks", "", "--text", tmp_path / "text")
     assert result.status == 0, result.err
-    rows = re.findall(r"^ +256  (\w+) ", result.out, re.MULTILINE)
-    assert rows == ["dense", "artifact"]
+    rows = re.findall(r"^ +256  (dense|window|head split|the artifact)", result.out, re.MULTILINE)
+    assert rows == 2 * ["dense", "the artifact"]  # the overview, and bits per byte by position
     assert str(tmp_path / "text") in result.out
 
 

@@ -38,6 +38,7 @@ def make_plan(
     heads: tuple[tuple[int, ...], ...] = HEADS,
     window: int = WINDOW,
     min_context: int = 0,
+    compensate: bool = False,
     **selector: Any,
 ) -> Plan:
     options = {"rank": 4, "rope": "pre", "top_p": 0.6, "granularity": "token", "block": 4, "sinks": 1, "recent": 2}
@@ -45,7 +46,7 @@ def make_plan(
         {
             "producer": "test",
             "model": SHAPE.model_dump(),
-            "window": {"size": window, "sinks": SINKS},
+            "window": {"size": window, "sinks": SINKS, "compensate": compensate},
             "selector": {**options, "scope": "layer", **selector},
             "min_context": min_context,
             "layers": [{"heads": h, "index": i} for h, i in zip(heads, index, strict=True)],
@@ -68,7 +69,19 @@ PLANS = {
     "short contexts dense": make_plan(min_context=25),
     "crossing while decoding": make_plan(min_context=50),
     "no selector": make_plan(index=("none",) * 4),
+    "compensated": make_plan(index=("none",) * 4, compensate=True),
+    "compensated from here on": make_plan(min_context=25, compensate=True),
+    "compensated while decoding": make_plan(min_context=50, compensate=True),
+    "query blocks": make_plan(prefill="selector", query_block=8),
+    "single queries": make_plan(prefill="selector", query_block=1, recent=0, sinks=0),
+    "query blocks, a set a head": make_plan(
+        index=("full", "full", "none", "full"), scope="head", prefill="selector", query_block=5, block=3, min_keep=4
+    ),
+    "query blocks after RoPE from here on": make_plan(
+        prefill="selector", query_block=8, rope="post", min_context=18, compensate=True
+    ),
 }
+ANY_CHUNK = ("short contexts dense", "compensated", "compensated from here on", "single queries")
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +141,27 @@ def naive_keep(scores: Tensor, t: int, plan: Plan) -> set[int]:
     return kept
 
 
+def naive_blocks(mass: dict[int, Tensor], plan: Plan) -> set[int]:
+    """Tokens that one retrieval head keeps for a group of prefill rows: float64 softmax weights [t + 1] by row t."""
+    selector = plan.selector
+    assert selector is not None
+    size, rows = selector.block, sorted(mass)
+    blocks = range(rows[-1] // size + 1)
+    share = [sum(float(w[b * size : (b + 1) * size].sum()) for w in mass.values()) / len(rows) for b in blocks]
+    forced = {j // size for j in range(min(selector.sinks, rows[-1] + 1))}
+    for t in rows:
+        forced |= {j // size for j in range(max(0, t - max(selector.recent, 1) + 1), t + 1)}
+    kept, total, last = set(forced), 0.0, 0.0
+    for b in sorted(blocks, key=lambda b: -share[b]):
+        if total >= selector.top_p and share[b] < last * (1 - 1e-4):
+            break
+        kept.add(b)
+        total, last = total + share[b], share[b] if total < selector.top_p else last
+    far = sorted((b for b in blocks if b not in forced and share[b] > 0), key=lambda b: -share[b])
+    kept |= set(far[: -(-selector.min_keep // size)])
+    return {j for b in kept for j in range(b * size, (b + 1) * size)}
+
+
 @contextmanager
 def reference(model: Any, plan: Plan, tensors: dict[str, Tensor], prompt: int) -> Iterator[None]:
     """The model with attention written out from the plan; rows from ``prompt`` on are decode rows."""
@@ -141,17 +175,34 @@ def reference(model: Any, plan: Plan, tensors: dict[str, Tensor], prompt: int) -
         rows = q.shape[2]
         seen_q = before[i, "q"] if plan.selector and plan.selector.rope == "pre" else q
         seen_k = before[i, "k"] if plan.selector and plan.selector.rope == "pre" else k
+        chooses = plan.selector is not None and plan.selector.prefill == "selector" and layer.index != "none"
+
+        def scores(b: int, t: int, place: int, h: int) -> Tensor:
+            wq, wk = (
+                tensors[f"model.layers.{i}.self_attn.indexer.{p}.weight"][place].double() for p in ("q_proj", "k_proj")
+            )
+            return (seen_k[b, h // group, : t + 1].double() @ wk.T) @ (wq @ seen_q[b, h, t].double())
+
         for b in range(q.shape[0]):
             for t in range(rows):
                 per_head: dict[int, set[int]] = {}
                 if t >= prompt and layer.index == "full":
                     for place, h in enumerate(layer.retrieval):
-                        wq, wk = (
-                            tensors[f"model.layers.{i}.self_attn.indexer.{p}.weight"][place].double()
-                            for p in ("q_proj", "k_proj")
-                        )
-                        scores = (seen_k[b, h // group, : t + 1].double() @ wk.T) @ (wq @ seen_q[b, h, t].double())
-                        per_head[h] = naive_keep(scores, t, plan)
+                        per_head[h] = naive_keep(scores(b, t, place, h), t, plan)
+                    sets[i, b, t] = set().union(*per_head.values())
+                elif chooses and layer.index == "full":
+                    block = t // plan.selector.query_block  # type: ignore[union-attr]
+                    together = [
+                        u
+                        for u in range(min(rows, prompt))
+                        if u // plan.selector.query_block == block and u >= plan.min_context  # type: ignore[union-attr]
+                    ]
+                    for place, h in enumerate(layer.retrieval):
+                        if t < plan.min_context:
+                            per_head[h] = set(range(t + 1))
+                        else:
+                            mass = {u: torch.softmax(scores(b, u, place, h), 0) for u in together}
+                            per_head[h] = naive_blocks(mass, plan) & set(range(t + 1))
                     sets[i, b, t] = set().union(*per_head.values())
                 for h in range(q.shape[1]):
                     if h in layer.local:
@@ -159,14 +210,21 @@ def reference(model: Any, plan: Plan, tensors: dict[str, Tensor], prompt: int) -
                             range(t + 1) if t + 1 <= plan.min_context else range(max(0, t - window_of(plan) + 1), t + 1)
                         )
                         allowed = set(near) | set(range(min(plan.window.sinks, t + 1)))  # type: ignore[union-attr]
-                    elif t >= prompt and layer.index != "none":
+                    elif (t >= prompt or chooses) and layer.index != "none":
                         shared = sets[plan.index_source(i), b, t]
                         allowed = per_head[h] if plan.selector.scope == "head" else shared  # type: ignore[union-attr]
                     else:
                         allowed = set(range(t + 1))
                     at = torch.tensor(sorted(allowed))
-                    logits = k[b, h // group, at].double() @ q[b, h, t].double() * scaling
-                    out[b, h, t] = torch.softmax(logits, 0) @ v[b, h // group, at].double()
+                    keys, values = k[b, h // group, at].double(), v[b, h // group, at].double()
+                    gone = [j for j in range(t + 1) if j not in allowed]
+                    extra = torch.zeros(len(at), dtype=torch.float64)
+                    if h in layer.local and gone and plan.window.compensate:  # type: ignore[union-attr]
+                        assert gone == list(range(SINKS, t - window_of(plan) + 1))
+                        keys = torch.cat((keys, k[b, h // group, gone].double().mean(0, keepdim=True)))
+                        values = torch.cat((values, v[b, h // group, gone].double().mean(0, keepdim=True)))
+                        extra = torch.cat((extra, torch.tensor([len(gone)]).double().log()))
+                    out[b, h, t] = torch.softmax(keys @ q[b, h, t].double() * scaling + extra, 0) @ values
         return out.to(q.dtype).transpose(1, 2), None
 
     AttentionInterface.register("contract_reference", attention)
@@ -237,9 +295,19 @@ def test_a_chunk_of_decode_rows_equals_single_steps(name: str, model: Any, ids: 
     torch.testing.assert_close(chunk, steps, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ANY_CHUNK)
 @pytest.mark.parametrize("size", [1, 3, 7, 8, 13, 39])
-def test_prefill_does_not_depend_on_the_chunk_size(size: int, model: Any, ids: Tensor) -> None:
-    plan = make_plan(min_context=5)
+def test_prefill_does_not_depend_on_the_chunk_size(size: int, name: str, model: Any, ids: Tensor) -> None:
+    prefill_in_chunks(PLANS[name], size, model, ids)
+
+
+@pytest.mark.parametrize("size", [8, 16, 24])
+def test_query_blocks_do_not_depend_on_chunks_that_begin_with_one(size: int, model: Any, ids: Tensor) -> None:
+    prefill_in_chunks(PLANS["query blocks"], size, model, ids)
+
+
+def prefill_in_chunks(plan: Plan, size: int, model: Any, ids: Tensor) -> None:
+    """In one call, and in calls of so many tokens: the same."""
     with applied(model, plan, make_tensors(plan)), rows_as("prefill"):
         whole = model(ids, use_cache=False).logits
         cache, parts = new_cache(model), []
@@ -264,9 +332,17 @@ def test_min_context_as_long_as_the_text_is_dense(model: Any, ids: Tensor) -> No
         torch.testing.assert_close(decode_steps(model, ids, PROMPT, new_cache(model)), dense, atol=1e-5, rtol=1e-5)
 
 
+PADDED = {
+    "selected": make_plan(min_context=12),
+    "compensated": make_plan(min_context=12, compensate=True),
+    "query blocks": make_plan(min_context=12, prefill="selector", query_block=4),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
 @pytest.mark.parametrize("pads", [(5, 0), (0, 3), (11, 4)])
-def test_padding_on_the_left_changes_nothing(pads: tuple[int, int], model: Any, ids: Tensor) -> None:
-    plan = make_plan(min_context=12)
+def test_padding_on_the_left_changes_nothing(pads: tuple[int, int], name: str, model: Any, ids: Tensor) -> None:
+    plan = PADDED[name]
     most = max(pads)
     padded = torch.zeros(2, most + TOTAL, dtype=torch.long)
     mask = torch.zeros_like(padded)
@@ -287,8 +363,9 @@ def test_padding_on_the_left_changes_nothing(pads: tuple[int, int], model: Any, 
         torch.testing.assert_close(found, alone[row], atol=1e-4, rtol=1e-4)
 
 
-def test_a_batch_of_unequal_prompts_generates_what_each_does_alone(model: Any, ids: Tensor) -> None:
-    plan = make_plan()
+@pytest.mark.parametrize("name", PADDED)
+def test_a_batch_of_unequal_prompts_generates_what_each_does_alone(name: str, model: Any, ids: Tensor) -> None:
+    plan = PADDED[name]
     first, second = ids[:1, :37], ids[1:, :25]
     batch = torch.zeros(2, 37, dtype=torch.long)
     mask = torch.zeros_like(batch)
@@ -301,8 +378,12 @@ def test_a_batch_of_unequal_prompts_generates_what_each_does_alone(model: Any, i
             assert torch.equal(both[row, -16:], alone[0, -16:])
 
 
-def test_padding_in_the_middle_of_a_conversation_changes_nothing(model: Any, ids: Tensor) -> None:
-    plan = make_plan()
+@pytest.mark.parametrize(
+    "plan",
+    [make_plan(), make_plan(compensate=True), make_plan(prefill="selector", query_block=1)],
+    ids=["windowed", "compensated", "single queries"],
+)
+def test_padding_in_the_middle_of_a_conversation_changes_nothing(plan: Plan, model: Any, ids: Tensor) -> None:
     row = ids[:1]
     gap = torch.cat((row[:, :30], torch.zeros(1, 7, dtype=torch.long), row[:, 30:]), 1)
     mask = torch.ones_like(gap)

@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from sparsec.calibrate.corpus import read_corpus
-from sparsec.calibrate.evaluate import evaluate
+from sparsec.calibrate.evaluate import Suite
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.tasks import prompts, score
 from sparsec.compiler.explain import artifact_data, artifact_text
 from sparsec.compiler.pipeline import Job, Outcome, compile_model
 from sparsec.compiler.recipe import make_recipe
+from sparsec.compiler.systems import evaluate_artifacts
 from sparsec.layout import is_artifact
-from sparsec.plan import Plan
 from sparsec.plugins.load import load
-from sparsec.plugins.runtime import indexer_tensors, uninstall
+from sparsec.plugins.runtime import uninstall
 
 RECIPE = {
     "passes": {
@@ -114,16 +113,9 @@ def test_the_artifact_answers_from_beyond_the_window(compiled: Any, tmp_path: Pa
 
 
 def test_evaluation_tells_a_window_from_retrieval_heads(compiled: Any) -> None:
-    model, tokenizer = load(compiled[0].out)
-    plan: Plan = model.sparsec_plan
-    tensors = {name: tensor.clone() for name, tensor in indexer_tensors(model).items()}
-    uninstall(model)
-    calibration = Calibration(read_corpus(None), tokenizer, seed=0)
-    with torch.no_grad():
-        result = evaluate(
-            model, tokenizer, plan, tensors, calibration,
-            lengths=[768], tasks=["kv"], prompts_each=6, windows_each=1, rows=256, batch_size=3, seed=3,
-        )  # fmt: skip
+    job = compiled[0]
+    suite = Suite([768], tasks=["kv"], prompts_each=6, windows_each=1, rows=256, batch_size=3, seed=3)
+    result = evaluate_artifacts([job.out], ["dense", "window", "split", "artifact"], suite, cache_dir=job.cache_dir)
     cells = {cell["system"]: cell for cell in result["cells"]}
     bits = {name: cell["bits_per_byte"] for name, cell in cells.items()}
     assert bits["dense"] < bits["window"]

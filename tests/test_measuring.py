@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsec.calibrate.decode import SelectorStats, decode_rows
+from sparsec.calibrate.decode import decode_rows
 from sparsec.calibrate.indexer_fit import (
     Forced,
     LayerSample,
@@ -24,6 +24,7 @@ from sparsec.calibrate.indexer_fit import (
 from sparsec.calibrate.needles import NeedleDocument
 from sparsec.calibrate.replay import Replay, share, with_pattern
 from sparsec.calibrate.retrieval_heads import needle_mass, stability, top_heads
+from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.events import silent
 from sparsec.plan import Plan
 from sparsec.plugins.families import shape_of

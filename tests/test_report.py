@@ -139,9 +139,25 @@ def _split_measured() -> dict[str, Any]:
     table = [
         {"layer": layer, "head": head, "recall_mean": 0.9 + 0.01 * n, "recall_p5": 0.7, "kept_mean": 90.0 + 60 * n}
         | {"kept_p95": 400.0 + n}
+        | {"sinkless_mean": 0.8 + 0.01 * n, "sinkless_p5": 0.6, "far_mean": 0.7, "far_p5": None if n == 5 else 0.4}
+        | {
+            "other_kept_mean": 700.0 + n,
+            "other_recall_mean": 0.97,
+            "oracle_kept_mean": 55.0,
+            "oracle_recall_mean": 0.96,
+        }
         for n, (layer, head) in enumerate(heads)
     ]
     summary = {"heads": 6, "rows": 510, "context_mean": 1920.5, "recall_mean": 0.925, "recall_p5": 0.7}
+    summary |= {"kept_mean": 240.0, "kept_p95": 405.0, "sampled_rows": 256, "granularity": "token", "block": 64}
+    summary |= {"sinkless_mean": 0.81, "sinkless_p5": 0.59, "far_mean": 0.71, "far_p5": 0.41, "far_mass_mean": 0.33}
+    summary |= {"other_kept_mean": 701.0, "other_kept_p95": 990.0, "other_recall_mean": 0.975, "forced": 68}
+    summary |= {"oracle_kept_mean": 56.0, "oracle_kept_p95": 88.0, "oracle_recall_mean": 0.965, "read": None}
+    reads = [
+        {"context": context, "index": 1024.0 * context, "kept": 2.0**20, "dense": 2048.0 * context}
+        for context in (640.0, 1920.5)
+    ]
+    resident = {"full": 5 << 20, "local": 1 << 20, "index": 1 << 19, "sums": 0, "dense": 12 << 20}
     return {
         "head_scores": [[0.9 - 0.1 * head if (i, head) in heads else 0.01 for head in range(4)] for i in range(6)],
         "rank_stability": {"spearman": 0.87, "jaccard": 0.75},
@@ -153,7 +169,13 @@ def _split_measured() -> dict[str, Any]:
         "readable": 2048,
         "causal_check": {"heads": 6, "dense": 0.95, "tokens": 276, "kept_heads_local": 0.01, "random_heads_local": 0.7},
         "stage1": {"kl_closed_form": 2.4, "kl_trained": 0.6, "losses": [2.0, 1.5, 0.9, 0.7], "windows": 8, "rows": 512},
-        "selector": {"summary": summary | {"kept_mean": 240.0, "kept_p95": 405.0}, "heads": table},
+        "selector": {
+            "summary": summary,
+            "heads": table,
+            "reads": reads,
+            "break_even": {"tokens": 1024.4, "bound": "about"},
+            "resident": resident,
+        },
     }
 
 
@@ -350,8 +372,44 @@ def test_causal_check_is_judged(made: Callable[..., Inputs]) -> None:
 def test_selectors_are_drawn_and_listed_by_head(made: Callable[..., Inputs]) -> None:
     inputs = made()
     assert len(list(drawings(inputs)["scatter3"].iter("circle"))) == 6
-    row = "".join(f'<td class="num">{cell}</td>' for cell in ("3", "1", "92.0%", "70.0%", "210", "402"))
+    shares = ("92.0%", "70.0%", "82.0%", "60.0%", "70.0%", "40.0%")
+    row = "".join(f'<td class="num">{cell}</td>' for cell in ("3", "1", *shares, "210", "402"))
     assert row in render_report(*inputs)
+
+
+def test_selectors_are_shown_without_sinks_as_blocks_and_beside_a_perfect_one(made: Callable[..., Inputs]) -> None:
+    page = render_report(*made())
+    for row in (
+        ("without sinks", "81.0%", "59.0%"),
+        ("without sinks and recent tokens: what was chosen", "71.0%", "41.0%"),
+        ("blocks of 64, by the same scores", "701", "990", "97.5%"),
+        ("tokens, by the true attention", "56", "88", "96.5%"),
+        ("index keys", "512 KiB", "4.2%"),
+        ("together", "6.50 MiB", "54.2%"),
+    ):
+        cells = "".join(f'<td class="num">{cell}</td>' for cell in row[1:])
+        assert f"<td>{row[0]}</td>{cells}" in page, row
+    assert "sums of dropped tokens" not in page
+    for number in ("640 KiB", "1.62 MiB", "1.25 MiB", "130.0%"):  # what a step reads at 640 tokens
+        assert f'<td class="num">{number}</td>' in page, number
+    assert "33.0% of the mass lies on other tokens" in page
+    assert "Break-even: about 1,024 tokens. These are bytes, not time." in page
+    assert '<td class="num">–</td>' in page  # a head without a row that could find anything
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"tokens": 700.0, "bound": "at most"}, "700 tokens at most, the shortest context measured"),
+        ({"tokens": 2048.0, "bound": "above"}, "above 2,048 tokens, the longest context measured"),
+        (None, "no context beyond the dense ones was measured"),
+    ],
+    ids=["pays already", "does not pay", "not measured"],
+)
+def test_break_even_says_what_was_not_measured(found: Any, words: str, made: Callable[..., Inputs]) -> None:
+    inputs = made()
+    inputs.passing("rtpurbo")["selector"]["break_even"] = found
+    assert f"Break-even: {words}." in read(inputs).words
 
 
 def test_unmeasured_selectors_leave_their_section_out(made: Callable[..., Inputs]) -> None:

@@ -1,0 +1,365 @@
+"""The training loop of self-distillation: a model under a plan learns to answer as it did without one.
+
+RTPurbo (arXiv 2605.16928), stage 2. The student runs row-exactly as deployed: local heads windowed on every row,
+retrieval heads dense on prompt rows and through their selectors on the last ``rows`` rows. Selectors are frozen; the
+gradient goes through exact attention on what they chose. The loss is the forward KL on the teacher's top k tokens,
+
+    paper:       both distributions renormalised on the k tokens: mass moved elsewhere costs nothing
+    with rest:   everything else is one more outcome (ours)
+
+What decides which weights are kept is the KL over the whole vocabulary on other documents. Batches, schedule and
+order are functions of seed and step alone, so a run that was stopped continues to the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparsec.calibrate.teacher import ROWS, Head, TopK
+from sparsec.errors import TrainingError
+from sparsec.events import Event, Listener
+from sparsec.plugins.attention import Step
+from sparsec.plugins.runtime import stepping
+
+SAVE_SECONDS = 60.0
+FLOOR = 1e-6  # least mass of the rest: below it float32 has nothing left to say
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run goes. Rates are AdamW's, counts are optimizer steps, windows and rows."""
+
+    steps: int
+    batch: int  # windows a step
+    micro_batch: int  # windows a forward
+    rows: int  # decode rows at the end of each window
+    lr: float
+    warmup: int
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    rest: bool = True
+    checks: int = 10  # how often the held-out KL is measured
+    seed: int = 0
+
+
+@dataclass
+class Outcome:
+    """What a run gave; ``best`` holds the trained tensors with the lowest held-out KL, by parameter name."""
+
+    best: dict[str, Tensor]
+    best_step: int
+    checks: list[tuple[int, float]]  # step, held-out KL over the whole vocabulary in nats a row
+    losses: list[float]
+    seconds: float
+    resumed_at: int = 0
+    diverged: bool = False
+    tokens: int = 0
+
+
+@dataclass
+class HeldOut:
+    """Windows for the checks, and what the teacher's last layer said on some of their rows."""
+
+    tokens: Tensor  # int64 [windows, length]
+    rows: Tensor  # int64, which rows of each window are compared
+    hidden: Tensor  # [windows, rows, hidden]
+    head: Tensor  # the teacher's output weight, a copy: the student's may be trained
+
+
+def precision(device: torch.device) -> Callable[[], Any]:
+    """bfloat16 autocast where the device has it, else nothing; a CPU trains in the weights' own precision."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return lambda: torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext
+
+
+class Student(nn.Module):
+    """The loss of some windows as a module's forward, so that data-parallel wrappers see it."""
+
+    def __init__(self, model: Any, rows: int, rest: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.rows = rows
+        self.rest = rest
+
+    def forward(self, tokens: Tensor, indices: Tensor, logp: Tensor) -> Tensor:
+        """Mean KL a row in nats. tokens: [windows, length]; indices, logp: [windows, length, k]."""
+        hidden = student_hidden(self.model, tokens, self.rows).flatten(0, 1)
+        head = Head(self.model)
+        indices, logp = indices.flatten(0, 1), logp.flatten(0, 1)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(hidden), ROWS):
+            part = slice(start, start + ROWS)
+            total = total + checkpoint(  # the logits of a whole window are gigabytes: made again for the gradient
+                lambda *rows: kl_top_k(head(rows[0]), rows[1], rows[2], self.rest).sum(),
+                hidden[part],
+                indices[part],
+                logp[part],
+                use_reentrant=False,
+            )
+        return total / len(hidden)
+
+
+def student_hidden(model: Any, tokens: Tensor, rows: int) -> Tensor:
+    """Final hidden states [windows, length, hidden]: prefill rows, and the last ``rows`` decode rows."""
+    with stepping(Step(decode=True, prompt=tokens.shape[1] - rows)):
+        hidden: Tensor = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    return hidden
+
+
+def kl_top_k(logits: Tensor, indices: Tensor, logp: Tensor, rest: bool) -> Tensor:
+    """Forward KL of each row, teacher first, on the teacher's k tokens.
+
+    Args:
+        logits: the student's, float32 [rows, vocabulary].
+        indices, logp: the teacher's k tokens and log-probabilities, [rows, k].
+        rest: all other tokens are one more outcome; else both are renormalised on the k.
+    """
+    logp = logp.float()
+    logq = logits.gather(-1, indices.long())
+    if not rest:
+        logp, logq = logp.log_softmax(-1), logq.log_softmax(-1)
+        return (logp.exp() * (logp - logq)).sum(-1)
+    logq = logq - logits.logsumexp(-1, keepdim=True)
+    left_p = (1 - logp.exp().sum(-1)).clamp_min(FLOOR)
+    left_q = (1 - logq.exp().sum(-1)).clamp_min(FLOOR)
+    return (logp.exp() * (logp - logq)).sum(-1) + left_p * (left_p.log() - left_q.log())
+
+
+@torch.no_grad()
+def hold_out(model: Any, tokens: Tensor, rows: int, compared: int) -> HeldOut:
+    """What the dense ``model`` (no plan installed) says on all decode rows and on ``compared`` prompt rows."""
+    length = tokens.shape[1]
+    earlier = torch.linspace(0, length - rows - 1, compared).round().long().unique()
+    at = torch.cat((earlier, torch.arange(length - rows, length)))
+    context = precision(model.device)
+    hidden = []
+    for window in tokens:
+        with context():
+            seen = model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False).last_hidden_state
+        hidden.append(seen[0, at.to(seen.device)])
+    return HeldOut(tokens, at, torch.stack(hidden), Head(model).module.weight.detach().clone())
+
+
+@torch.no_grad()
+def full_kl(model: Any, held: HeldOut, rows: int) -> float:
+    """Mean forward KL a row over the whole vocabulary, in nats, under the installed plan."""
+    head, context, total, count = Head(model), precision(model.device), 0.0, 0
+    for window, taught in zip(held.tokens, held.hidden, strict=True):
+        with context():
+            hidden = student_hidden(model, window[None].to(model.device), rows)[0]
+            hidden = hidden[held.rows.to(hidden.device)]
+            for start in range(0, len(hidden), ROWS):
+                part = slice(start, start + ROWS)
+                logp = head(taught[part], held.head).log_softmax(-1)
+                logq = head(hidden[part]).log_softmax(-1)
+                total += float((logp.exp() * (logp - logq)).sum())
+                count += len(logp)
+    return total / max(1, count)
+
+
+def distill(
+    model: Any,
+    tokens: Tensor,
+    taught: TopK,
+    held: HeldOut,
+    settings: Settings,
+    *,
+    state: Path | None,
+    listen: Listener,
+) -> Outcome:
+    """Train what of ``model`` requires a gradient, and leave the best weights in it.
+
+    Args:
+        model: its plan installed.
+        tokens: training windows, int64 [windows, length].
+        taught: the teacher's answers on them.
+        held: windows that are not trained on.
+        state: folder of the run's saved state, or None.
+
+    Raises:
+        TrainingError: out of memory, with what to lower; or a saved state of another run.
+    """
+    run = _Run(model, settings, state)
+    run.resume()
+    try:
+        run.check(held, listen)
+        for step in range(run.step, settings.steps):
+            run.advance(step, tokens, taught)
+            listen(Event("distill", step + 1, settings.steps, f"loss {run.outcome.losses[-1]:.4f}"))
+            if run.outcome.diverged:
+                break
+            if step + 1 in run.when:
+                run.check(held, listen)
+            run.save_if_due()
+    except torch.OutOfMemoryError:
+        raise TrainingError(
+            "distillation ran out of memory: lower distill.micro_batch or distill.context, "
+            "or set distill.checkpointing=true, or distill.weights=lora"
+        ) from None
+    run.keep_best()
+    return run.outcome
+
+
+@dataclass
+class _Run:
+    """State of one run."""
+
+    model: Any
+    settings: Settings
+    folder: Path | None
+    step: int = 0
+    outcome: Outcome = field(default_factory=lambda: Outcome({}, 0, [], [], 0.0))
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        self.student = Student(self.model, s.rows, s.rest)
+        self.trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        # Norms and biases are not decayed: their scale is meant.
+        groups = [
+            {"params": [w for w in self.trained.values() if w.dim() >= 2], "weight_decay": s.weight_decay},
+            {"params": [w for w in self.trained.values() if w.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=s.lr, betas=(0.9, 0.95))
+        self.when = {round(s.steps * (number + 1) / s.checks) for number in range(s.checks)}
+        self.saved = time.monotonic()
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up, cosine to a tenth."""
+        s = self.settings
+        if step < s.warmup:
+            return s.lr * (step + 1) / s.warmup
+        share = (step - s.warmup) / max(1, s.steps - s.warmup)
+        return s.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+
+    def advance(self, step: int, tokens: Tensor, taught: TopK) -> None:
+        """One optimizer step."""
+        s, began, device = self.settings, time.monotonic(), self.model.device
+        chosen = batch_of(step, s.batch, len(tokens), s.seed)
+        total = 0.0
+        for start in range(0, len(chosen), s.micro_batch):
+            part = chosen[start : start + s.micro_batch]
+            inputs = (tokens[part], taught.indices[part], taught.logp[part])
+            with precision(device)():
+                loss = self.student(*(x.to(device) for x in inputs)) * (len(part) / len(chosen))
+            loss.backward()
+            total += float(loss.detach())
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), s.clip))
+        self.outcome.losses.append(total)
+        self.outcome.diverged = not (math.isfinite(total) and math.isfinite(norm))
+        if not self.outcome.diverged:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(step)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step = step + 1
+        self.outcome.tokens += len(chosen) * tokens.shape[1]
+        self.outcome.seconds += time.monotonic() - began
+
+    def check(self, held: HeldOut, listen: Listener) -> None:
+        """Measure on what is not trained on; keep the weights if they are the best so far."""
+        if self.outcome.checks and self.outcome.checks[-1][0] == self.step:
+            return
+        found = full_kl(self.model, held, self.settings.rows)
+        best = min((kl for _, kl in self.outcome.checks), default=math.inf)
+        self.outcome.checks.append((self.step, found))
+        listen(Event("distill", self.step, self.settings.steps, f"held-out KL {found:.5f}"))
+        if found < best:
+            self.outcome.best = {name: weight.detach().clone() for name, weight in self.trained.items()}
+            self.outcome.best_step = self.step
+
+    @torch.no_grad()
+    def keep_best(self) -> None:
+        """The best weights go into the model."""
+        for name, weight in self.trained.items():
+            weight.copy_(self.outcome.best[name])
+
+    def save_if_due(self) -> None:
+        """Once a minute, so that a stopped run loses little."""
+        if self.folder is not None and time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Weights, best weights, optimizer and history: one file, whole or not at all."""
+        assert self.folder is not None
+        tensors: dict[str, Tensor] = {}
+        for name, weight in self.trained.items():
+            tensors[f"now.{name}"] = weight.detach().cpu().contiguous()
+            tensors[f"best.{name}"] = self.outcome.best[name].cpu().contiguous()
+            for key, value in self.optimizer.state.get(weight, {}).items():
+                tensors[f"{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        history = {
+            "step": self.step,
+            "best_step": self.outcome.best_step,
+            "checks": self.outcome.checks,
+            "losses": self.outcome.losses,
+            "seconds": self.outcome.seconds,
+            "tokens": self.outcome.tokens,
+        }
+        aside = self.folder / "state.part"
+        save_file(tensors, aside, metadata={"history": json.dumps(history)})
+        aside.rename(self.folder / "state.safetensors")
+        self.saved = time.monotonic()
+
+    def resume(self) -> None:
+        """Continue a saved run, if there is one."""
+        file = self.folder / "state.safetensors" if self.folder is not None else None
+        if file is None or not file.is_file():
+            return
+        history, tensors = read_state(file)
+        if any(f"now.{name}" not in tensors for name in self.trained):
+            raise TrainingError(f"the training state {file} is another run's: delete it")
+        device = self.model.device
+        with torch.no_grad():
+            for name, weight in self.trained.items():
+                weight.copy_(tensors[f"now.{name}"])
+                self.outcome.best[name] = tensors[f"best.{name}"].to(device)
+                if f"exp_avg.{name}" in tensors:
+                    self.optimizer.state[weight] = {
+                        "step": tensors[f"step.{name}"],
+                        **{key: tensors[f"{key}.{name}"].to(device) for key in ("exp_avg", "exp_avg_sq")},
+                    }
+        self.step = self.outcome.resumed_at = history["step"]
+        self.outcome.best_step = history["best_step"]
+        self.outcome.checks = [(step, kl) for step, kl in history["checks"]]
+        self.outcome.losses, self.outcome.seconds = history["losses"], history["seconds"]
+        self.outcome.tokens = history["tokens"]
+
+
+def read_state(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """History and tensors of a saved run.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, framework="pt") as kept:  # type: ignore[no-untyped-call]
+            history = json.loads(kept.metadata()["history"])
+        return history, load_file(file)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"the training state {file} is damaged ({error}): delete it") from None
+
+
+def batch_of(step: int, batch: int, windows: int, seed: int) -> Sequence[int]:
+    """Which windows step ``step`` trains on: every epoch all windows once, in an order of its own."""
+    chosen = []
+    for number in range(step * batch, (step + 1) * batch):
+        epoch, at = divmod(number, windows)
+        order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        chosen.append(int(order[at]))
+    return chosen

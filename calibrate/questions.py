@@ -1,0 +1,111 @@
+"""Training windows: natural text, and natural text with facts hidden in it that are asked for at its end.
+
+A long-context model is trained on what it has to keep: prediction of ordinary text, and finding what was said far
+away. Facts and questions share no sentence form with the evaluation tasks (``tasks*.py``) and no answer kind: answers
+are words and letters here, numbers there. Their words are other ones, too (``needles.ordinary_words``).
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsec.calibrate.needles import FIRST, draw_words, filler, ordinary_words
+from sparsec.calibrate.splits import Calibration
+from sparsec.errors import CalibrationError
+
+# Statement, question, and the answer that completes the question.
+FORMS = (
+    (
+        "Note: the locker of the {key} opens with the word {word}.",
+        "The locker of the {key} opens with the word",
+        "{word}",
+    ),
+    (
+        "According to the {key}, the meeting place was called {word}.",
+        "The meeting place of the {key} was called",
+        "{word}",
+    ),
+    ("Everybody who knew the {key} used the nickname {word}.", "The nickname of the {key} is", "{word}"),
+    ("A badge with the letters {code} was given to the {key}.", "The badge of the {key} has the letters", "{code}"),
+    ("The boat of the {key} was registered as {code}.", "The boat of the {key} was registered as", "{code}"),
+    ("For the {key} they chose {word} and {other}.", "What they chose for the {key} were", "{word} and {other}"),
+)
+MOST = 12  # facts a window
+QUESTION = 40  # tokens that a question and its answer may take
+
+
+def training_windows(
+    calibration: Calibration, split: str, *, length: int, count: int, rows: int, questions: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Windows for distillation, the same ones for the same arguments.
+
+    Args:
+        split: where text and words are from.
+        length: tokens of a window, a BOS token included.
+        count: windows.
+        rows: the last so many tokens are decode rows; questions and answers lie in them.
+        questions: share of windows with hidden facts.
+        seed: of everything drawn.
+
+    Returns:
+        int64 tokens [count, length], and bool [count]: which have questions.
+
+    Raises:
+        CalibrationError: the split has no document of that length, or too few ordinary words.
+    """
+    if length < FIRST + 2 * rows:
+        raise CalibrationError(
+            f"training windows of {length} tokens cannot hold {rows} decode rows and a prompt as long: "
+            "use a longer context or fewer rows"
+        )
+    texts = filler(calibration, split, length, count, seed)
+    vocabulary = ordinary_words(calibration, split) if questions else {}
+    asked = torch.zeros(count, dtype=torch.bool)
+    made = []
+    for number, text in enumerate(texts):
+        # Evenly spread, so that a batch of neighbours is mixed.
+        asked[number] = int((number + 1) * questions) > int(number * questions)
+        rng = random.Random(f"{seed}/questions/{length}/{number}")
+        made.append(_with_questions(calibration, text, vocabulary, rows, rng) if asked[number] else text)
+    return torch.stack(made), asked
+
+
+def _with_questions(
+    calibration: Calibration, text: Tensor, vocabulary: dict[str, list[int]], rows: int, rng: random.Random
+) -> Tensor:
+    """The window with facts before its decode rows, and questions with their answers as its last tokens."""
+    tokenizer, length = calibration.tokenizer, len(text)
+    count = min(rng.randint(1, MOST), max(1, (rows - 1) // QUESTION))
+    words = draw_words(vocabulary, tokenizer.decode(text), 3 * count, rng)
+    facts, asked = [], []
+    for number in range(count):
+        key, word, other = words[3 * number : 3 * number + 3]
+        code = "".join(rng.choices(string.ascii_uppercase, k=rng.randint(3, 6)))
+        statement, question, answer = (
+            part.format(key=key, word=word, other=other, code=code) for part in rng.choice(FORMS)
+        )
+        facts.append(f"\n{statement}\n")
+        asked.append(f"\n{question} {answer}.")
+    rng.shuffle(asked)
+    end = _encode(tokenizer, ["".join(asked) + "\n"])[0]
+    hidden = _encode(tokenizer, facts)
+    if len(end) >= rows:  # rare: long words; ask fewer
+        end = _encode(tokenizer, [asked[0] + "\n"])[0]
+    body = length - len(end) - sum(map(len, hidden))
+    last = max(FIRST + 1, body - (rows - len(end)))  # facts lie before the decode rows
+    places = sorted(rng.randint(FIRST, last) for _ in hidden)
+    parts, done = [], 0
+    for place, fact in zip(places, hidden, strict=True):
+        parts += [text[done:place], fact]
+        done = place
+    return torch.cat([*parts, text[done:body], end])
+
+
+def _encode(tokenizer: object, texts: Sequence[str]) -> list[Tensor]:
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+    return [torch.tensor(part, dtype=torch.long) for part in ids]

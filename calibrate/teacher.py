@@ -1,0 +1,112 @@
+"""What the dense model says about training windows, computed once: the k most likely next tokens of every position.
+
+RTPurbo (arXiv 2605.16928), stage 2, caches the teacher's top-10 logits. Here their log-probabilities are cached (over
+the whole vocabulary), so that the mass outside the k is known as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsec.errors import TrainingError
+from sparsec.events import Listener, tracked
+
+ROWS = 2048  # rows whose logits over the whole vocabulary are held at once
+
+
+@dataclass(frozen=True)
+class TopK:
+    """``indices`` int32 and ``logp`` float16 (natural log-probabilities), both [windows, length, k]."""
+
+    indices: Tensor
+    logp: Tensor
+
+
+class Head:
+    """A model's output layer as a function of weight and hidden states, with what the family does to logits."""
+
+    def __init__(self, model: Any) -> None:
+        self.module = model.get_output_embeddings()
+        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+
+    def __call__(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[rows, hidden] -> float32 logits [rows, vocabulary]; ``weight`` instead of the model's own."""
+        weight = self.module.weight if weight is None else weight
+        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, self.module.bias).float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+@torch.no_grad()
+def top_k(model: Any, tokens: Tensor, k: int, batch: int, precision: Callable[[], Any], listen: Listener) -> TopK:
+    """The dense model's k most likely next tokens at every position.
+
+    Args:
+        model: no plan installed.
+        tokens: int64 [windows, length].
+        k: how many.
+        batch: windows a forward.
+        precision: makes the context (autocast or nothing) that forwards run in.
+    """
+    head = Head(model)
+    indices = torch.empty(*tokens.shape, k, dtype=torch.int32)
+    logp = torch.empty(*tokens.shape, k, dtype=torch.float16)
+    starts = range(0, len(tokens), batch)
+    for start in tracked(starts, "read the teacher", listen, len(starts)):
+        part = slice(start, start + batch)
+        with precision():
+            hidden = model.get_decoder()(input_ids=tokens[part].to(model.device), use_cache=False).last_hidden_state
+            for at, rows in _chunks(hidden.flatten(0, 1)):
+                logits = head(rows)
+                best = logits.topk(k, dim=-1)
+                values = best.values - logits.logsumexp(-1, keepdim=True)
+                indices[part].view(-1, k)[at] = best.indices.int().cpu()
+                logp[part].view(-1, k)[at] = values.half().cpu()
+    return TopK(indices, logp)
+
+
+def _chunks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(rows), ROWS):
+        yield slice(start, start + ROWS), rows[start : start + ROWS]
+
+
+def identity(model: Any, tokens: Tensor, k: int) -> str:
+    """sha256 over what :func:`top_k` depends on: the weights, the windows, k."""
+    digest = hashlib.sha256(f"{k}".encode())
+    for name, weight in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    digest.update(tokens.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_top_k(file: Path, found: TopK, owner: str) -> None:
+    """Keep a teacher's answers, whole or not at all; ``owner`` is its :func:`identity`."""
+    aside = file.with_suffix(".part")
+    save_file({"indices": found.indices, "logp": found.logp}, aside, metadata={"owner": owner})
+    aside.rename(file)
+
+
+def read_top_k(file: Path, owner: str) -> TopK | None:
+    """What was kept, None where there is nothing.
+
+    Raises:
+        TrainingError: the file is damaged, or another model's or other windows'.
+    """
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as kept:  # type: ignore[no-untyped-call]
+            if (kept.metadata() or {}).get("owner") != owner:
+                raise TrainingError(f"the teacher's answers in {file} are another model's or other text's: delete them")
+            return TopK(kept.get_tensor("indices"), kept.get_tensor("logp"))
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"the teacher's answers in {file} are damaged ({error}): delete them") from None

@@ -1,0 +1,95 @@
+"""Which weights a training run may change: all of them, or low-rank additions (LoRA, peft) that are merged later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparsec.errors import TrainingError
+
+Kind = Literal["lora", "all"]
+LARGE = 10**9  # weights above which activations are recomputed rather than held
+
+
+@contextmanager
+def trainable(model: Any, kind: Kind, rank: int, checkpointing: bool | None) -> Iterator[None]:
+    """Inside the block the chosen weights require a gradient; afterwards the model is plain again, additions merged.
+
+    Selectors never train: a selector that moves with the weights would have nothing fixed to be judged by.
+
+    Args:
+        kind: ``all``, or ``lora`` on all linear layers but the output layer.
+        rank: of the additions.
+        checkpointing: recompute activations in the backward pass; None: where the model has over a billion weights.
+
+    Raises:
+        TrainingError: peft is not installed.
+    """
+    wrapped = None
+    if kind == "lora":
+        wrapped = _with_lora(model, rank)
+    else:
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(".indexer." not in name and weight.is_floating_point())
+    if checkpointing is None:
+        checkpointing = sum(w.numel() for w in model.parameters()) > LARGE
+    if checkpointing:
+        _checkpoint(model)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            wrapped.merge_and_unload()
+            model.__dict__.pop("peft_config", None)
+        if checkpointing:
+            _stop_checkpointing(model)
+        model.requires_grad_(False).eval()
+
+
+def changed_weights(model: Any, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that differ from ``before``, by name, on the CPU in their own dtype."""
+    return {
+        name: weight.detach().cpu().clone()
+        for name, weight in model.named_parameters()
+        if ".indexer." not in name and not torch.equal(weight.detach().cpu(), before[name])
+    }
+
+
+def copied_weights(model: Any) -> dict[str, Tensor]:
+    """All weights, copied to the CPU."""
+    return {name: weight.detach().cpu().clone() for name, weight in model.named_parameters()}
+
+
+@torch.no_grad()
+def put_weights(model: Any, weights: dict[str, Tensor]) -> None:
+    """Overwrite the named weights in place."""
+    own = dict(model.named_parameters())
+    for name, weight in weights.items():
+        own[name].copy_(weight)
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise TrainingError("LoRA needs peft: pip install 'sparsec[train]', or set distill.weights=all") from None
+    # alpha = 2 rank: the usual scale, so that the learning rate means the same at every rank.
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", bias="none")
+    return get_peft_model(model, config)
+
+
+def _checkpoint(model: Any) -> None:
+    model.train()  # Transformers recomputes in training mode only; there is no dropout in the supported families' plans
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
+def _stop_checkpointing(model: Any) -> None:
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
+    model.disable_input_require_grads()

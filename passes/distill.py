@@ -1,0 +1,162 @@
+"""distill: train the weights under the plan until the sparse model answers as the dense one did.
+
+RTPurbo's second stage (arXiv 2605.16928, "Low-cost Two-Stage Training"): self-distillation on the teacher's top 10
+tokens, projections frozen. It trains whatever plan the passes before it left: with or without shared indexes,
+rtpurbo's, razor's, or windows only. What the paper leaves open and what is chosen here: docs/passes/distill.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from sparsec.calibrate.distillation import Settings, distill, hold_out, precision
+from sparsec.calibrate.questions import training_windows
+from sparsec.calibrate.splits import Calibration
+from sparsec.calibrate.teacher import TopK, identity, read_top_k, save_top_k, top_k
+from sparsec.calibrate.trainable import changed_weights, copied_weights, trainable
+from sparsec.errors import PlanError
+from sparsec.events import Event
+from sparsec.passes.base import Cost, Pass, PassResult, Program, Tier
+from sparsec.plan import Plan
+from sparsec.plugins.runtime import applied
+
+
+class Distill(Pass):
+    """How long, on what, which weights. Contexts and rows are tokens."""
+
+    name: ClassVar[str] = "distill"
+    tier: ClassVar[Tier] = "hours"
+    presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {
+        "minutes": {"weights": "lora", "steps": 40, "batch": 1, "windows": 40, "held_windows": 2, "checks": 4},
+        "hours": {},
+    }
+    summary: ClassVar[str] = "train the weights under the plan against the dense model (RTPurbo's second stage)"
+    source: ClassVar[str] = "RTPurbo, arXiv 2605.16928"
+    after: ClassVar[tuple[str, ...]] = ("rtpurbo", "razor", "window", "indexcache")
+    needs: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ("heads",)
+    trains: ClassVar[bool] = True
+
+    weights: Literal["lora", "all"] = Field(default="lora", description="low-rank additions, merged; or all weights")
+    lora_rank: int = Field(default=64, ge=1, le=4096, description="of the additions")
+    steps: int = Field(default=600, ge=1, description="optimizer steps (the paper: about 600)")
+    batch: int = Field(default=4, ge=1, description="windows a step (the paper: 8 of 48K tokens)")
+    micro_batch: int | None = Field(default=None, ge=1, description="windows a forward; null: the whole batch")
+    context: int | None = Field(default=None, ge=128, description="tokens a window; null: 4 local windows")
+    rows: int = Field(default=512, ge=16, description="last tokens of a window, run as decode rows (the paper: 300)")
+    windows: int = Field(default=512, ge=1, description="different windows; the teacher reads each once")
+    questions: float = Field(
+        default=0.5, ge=0, le=1, description="share of windows with hidden facts that are asked for"
+    )
+    top_k: int = Field(default=10, ge=1, le=1024, description="teacher's tokens a row (the paper: 10)")
+    rest: bool = Field(
+        default=True, description="all other tokens count as one more outcome (ours; paper: they do not)"
+    )
+    lr: float | None = Field(default=None, gt=0, description="peak rate; null: 1e-3 for lora, 1e-4 for all")
+    warmup: int | None = Field(default=None, ge=0, description="steps; null: a tenth (the paper: 200 of 600)")
+    checks: int = Field(default=10, ge=1, description="how often held-out KL is measured; the best weights are kept")
+    held_windows: int = Field(default=4, ge=1, description="windows of the search text, and as many with questions")
+    checkpointing: bool | None = Field(
+        default=None, description="recompute activations; null: for models over a billion weights"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Distill:
+        if self.micro_batch is not None and self.micro_batch > self.batch:
+            raise ValueError(f"micro_batch {self.micro_batch} is more than batch {self.batch}: lower it")
+        return self
+
+    def tier_of_run(self) -> Tier:
+        """LoRA takes minutes, all weights are the dear kind."""
+        return "minutes" if self.weights == "lora" else "hours"
+
+    def run(self, program: Program, calibration: Calibration) -> PassResult:
+        """Ask the teacher once, train, keep the best. See :class:`sparsec.passes.base.Pass`."""
+        plan, model, listen = program.plan, program.model, program.listen
+        if plan.is_dense:
+            raise PlanError("distill has nothing to recover, the plan is dense: run rtpurbo, razor or window before it")
+        length = self.context_for(plan, int(model.config.max_position_embeddings))
+        rows = min(self.rows, length // 2)
+        tokens, asked = training_windows(
+            calibration,
+            "train",
+            length=length,
+            count=self.windows,
+            rows=rows,
+            questions=self.questions,
+            seed=program.seed,
+        )
+        held = self._held(model, calibration, length, rows, program.seed)
+        taught = self._taught(program, tokens)
+        before = copied_weights(model)
+        settings = Settings(
+            steps=self.steps,
+            batch=self.batch,
+            micro_batch=self.micro_batch or self.batch,
+            rows=rows,
+            lr=self.lr or (1e-3 if self.weights == "lora" else 1e-4),
+            warmup=self.steps // 10 if self.warmup is None else self.warmup,
+            rest=self.rest,
+            checks=self.checks,
+            seed=program.seed,
+        )
+        with applied(model, plan, program.tensors), trainable(model, self.weights, self.lora_rank, self.checkpointing):
+            outcome = distill(model, tokens, taught, held, settings, state=program.scratch, listen=listen)
+        first, best = outcome.checks[0][1], min(kl for _, kl in outcome.checks)
+        changed = changed_weights(model, before) if outcome.best_step else {}
+        if not outcome.best_step:
+            listen(Event("distill", note="training improved nothing: the weights stay as they were"))
+        measured = {
+            "weights": self.weights,
+            "tier": self.tier_of_run(),
+            "context": length,
+            "rows": rows,
+            "windows": len(tokens),
+            "with_questions": int(asked.sum()),
+            "tokens": outcome.tokens,
+            "teacher_mass": float(taught.logp[::7].float().exp().sum(-1).mean()),
+            "checks": [{"step": step, "kl": kl} for step, kl in outcome.checks],
+            "kl_before": first,
+            "kl_best": best,
+            "best_step": outcome.best_step,
+            "diverged": outcome.diverged,
+            "losses": [round(loss, 5) for loss in outcome.losses],
+            "changed_tensors": len(changed),
+            "seconds": outcome.seconds,
+            "resumed_at": outcome.resumed_at,
+        }
+        return PassResult(plan, dict(program.tensors), measured, changed)
+
+    def cost(self, plan: Plan, max_positions: int) -> Cost:
+        """A step is a forward and a backward, worth three forwards; the teacher reads every window once."""
+        length = self.context_for(plan, max_positions)
+        forwards = 3 * self.steps * self.batch + self.windows + 2 * self.held_windows * (self.checks + 2)
+        return Cost(tokens=forwards * length, resident=self.windows * length * self.top_k * 6)
+
+    def context_for(self, plan: Plan, readable: int) -> int:
+        """Four local windows, so that most of a window is out of the local heads' reach."""
+        size = plan.window.size if plan.window else readable // 16
+        return self.context or min(readable, 4 * size)
+
+    def _held(self, model: Any, calibration: Calibration, length: int, rows: int, seed: int) -> Any:
+        tokens, _ = training_windows(
+            calibration, "search", length=length, count=2 * self.held_windows, rows=rows, questions=0.5, seed=seed
+        )
+        return hold_out(model, tokens, rows, rows)
+
+    def _taught(self, program: Program, tokens: Any) -> TopK:
+        """The teacher's answers, kept beside the run's state so that a stopped run need not ask again."""
+        model = program.model
+        file = program.scratch / "teacher.safetensors" if program.scratch else None
+        owner = identity(model, tokens, self.top_k)
+        kept = read_top_k(file, owner) if file else None
+        if kept is not None:
+            return kept
+        found = top_k(
+            model, tokens, self.top_k, self.micro_batch or self.batch, precision(model.device), program.listen
+        )
+        if file is not None:
+            save_top_k(file, found, owner)
+        return found
