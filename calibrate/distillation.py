@@ -143,7 +143,7 @@ def kl_top_k(logits: Tensor, indices: Tensor, logp: Tensor, rest: bool) -> Tenso
 def hold_out(model: Any, tokens: Tensor, rows: int, compared: int) -> HeldOut:
     """What the dense ``model`` (no plan installed) says on all decode rows and on ``compared`` prompt rows."""
     length = tokens.shape[1]
-    earlier = torch.linspace(0, length - rows - 1, compared).round().long().unique()
+    earlier = torch.linspace(0, length - rows - 1, min(compared, length - rows)).round().long()
     at = torch.cat((earlier, torch.arange(length - rows, length)))
     context = precision(model.device)
     hidden = []
@@ -196,7 +196,8 @@ def distill(
     run = _Run(model, settings, state)
     run.resume()
     try:
-        run.check(held, listen)
+        if not run.outcome.checks:
+            run.check(held, listen)
         for step in range(run.step, settings.steps):
             run.advance(step, tokens, taught)
             listen(Event("distill", step + 1, settings.steps, f"loss {run.outcome.losses[-1]:.4f}"))
@@ -271,8 +272,6 @@ class _Run:
 
     def check(self, held: HeldOut, listen: Listener) -> None:
         """Measure on what is not trained on; keep the weights if they are the best so far."""
-        if self.outcome.checks and self.outcome.checks[-1][0] == self.step:
-            return
         found = full_kl(self.model, held, self.settings.rows)
         best = min((kl for _, kl in self.outcome.checks), default=math.inf)
         self.outcome.checks.append((self.step, found))
@@ -348,7 +347,7 @@ def read_state(file: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     from safetensors import safe_open
 
     try:
-        with safe_open(file, framework="pt") as kept:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as kept:
             history = json.loads(kept.metadata()["history"])
         return history, load_file(file)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -38,15 +38,16 @@ def common(draw: Draw) -> Listing:
         raise too_short(draw.length, draw.length + size * (8 * COMMON - fits), "the task common")
     seldom = max(1, often * SELDOM // OFTEN)
     supply = draw.supply() - COMMON
-    if supply < 4 * COMMON:
-        raise CalibrationError(
-            f"the task common needs {5 * COMMON} ordinary words that its text has not, and there are "
-            f"{supply + COMMON}: name more text, or leave the task out"
-        )
     if (fits - often * COMMON) // seldom > supply:
         seldom = -(-fits // (supply + COMMON * OFTEN // SELDOM))
         often = seldom * OFTEN // SELDOM
-    words = draw.words(COMMON + (fits - often * COMMON) // seldom)
+    rare = (fits - often * COMMON) // seldom
+    if rare < COMMON:
+        raise CalibrationError(
+            f"the held-out text has {supply + COMMON} ordinary words for the task common, it needs more: "
+            "name more text, or leave the task out"
+        )
+    words = draw.words(COMMON + rare)
     order = [word for word in words[:COMMON] for _ in range(often)] + [w for w in words[COMMON:] for _ in range(seldom)]
     draw.rng.shuffle(order)
     lines = [draw.haystack.words[word] for word in order]

@@ -104,7 +104,7 @@ def read_top_k(file: Path, owner: str) -> TopK | None:
     if not file.is_file():
         return None
     try:
-        with safe_open(file, framework="pt") as kept:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as kept:
             if (kept.metadata() or {}).get("owner") != owner:
                 raise TrainingError(f"the teacher's answers in {file} are another model's or other text's: delete them")
             return TopK(kept.get_tensor("indices"), kept.get_tensor("logp"))

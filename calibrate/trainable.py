@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -79,7 +80,10 @@ def _with_lora(model: Any, rank: int) -> Any:
         raise TrainingError("LoRA needs peft: pip install 'sparsec[train]', or set distill.weights=all") from None
     # alpha = 2 rank: the usual scale, so that the learning rate means the same at every rank.
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", bias="none")
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft asks Transformers by a name that is on its way out there: nothing that a user could act on.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _checkpoint(model: Any) -> None:

@@ -16,7 +16,7 @@ from sparsec.calibrate.distillation import Settings, distill, hold_out, precisio
 from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.teacher import TopK, identity, read_top_k, save_top_k, top_k
-from sparsec.calibrate.trainable import changed_weights, copied_weights, trainable
+from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, trainable
 from sparsec.errors import PlanError
 from sparsec.events import Event
 from sparsec.passes.base import Cost, Pass, PassResult, Program, Tier
@@ -106,6 +106,7 @@ class Distill(Pass):
             outcome = distill(model, tokens, taught, held, settings, state=program.scratch, listen=listen)
         first, best = outcome.checks[0][1], min(kl for _, kl in outcome.checks)
         changed = changed_weights(model, before) if outcome.best_step else {}
+        put_weights(model, before)  # what to do with a result is the caller's business
         if not outcome.best_step:
             listen(Event("distill", note="training improved nothing: the weights stay as they were"))
         measured = {
@@ -124,8 +125,6 @@ class Distill(Pass):
             "diverged": outcome.diverged,
             "losses": [round(loss, 5) for loss in outcome.losses],
             "changed_tensors": len(changed),
-            "seconds": outcome.seconds,
-            "resumed_at": outcome.resumed_at,
         }
         return PassResult(plan, dict(program.tensors), measured, changed)
 

@@ -30,6 +30,17 @@ from sparsec.plugins.runtime import applied, check, tensor_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
+DISTILL = {
+    "context": 320,
+    "rows": 96,
+    "steps": 6,
+    "batch": 2,
+    "micro_batch": 1,
+    "windows": 4,
+    "held_windows": 1,
+    "checks": 3,
+    "lr": 1e-2,
+}
 RAZOR = {"window": 32, "draws": 2, "copies": 3}
 
 # A row: the pass, and the options that make it different from tests/conftest.py's tiny ones. Before it run those
@@ -46,8 +57,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "window with compensation": ("window", {"window": 32, "compensation": True}),
     "indexcache to a target": ("indexcache", {"keep": 0.5}),
     "indexcache within a budget": ("indexcache", {"keep": None, "max_loss": 0.001}),
+    "distill with LoRA": ("distill", DISTILL),
+    "distill all weights": ("distill", {**DISTILL, "weights": "all", "rest": False, "checkpointing": True}),
 }
-BEFORE = {"indexcache": ["rtpurbo"]}
+BEFORE = {"indexcache": ["rtpurbo"], "distill": ["rtpurbo"]}
 FREE = ("window",)  # these run no model
 
 
@@ -134,7 +147,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def test_the_plan_is_another_one_and_valid(ran: Ran) -> None:
-    assert ran.result.plan != ran.program.plan
+    assert ran.result.plan != ran.program.plan or ran.each.trains
     assert Plan.parse(ran.result.plan.to_json()) == ran.result.plan
 
 
@@ -167,7 +180,14 @@ def test_the_same_seed_gives_the_same_result(ran: Ran) -> None:
     )
     assert again.plan.digest == ran.result.plan.digest
     assert same(dict(again.tensors), dict(ran.result.tensors))
+    assert same(dict(again.weights), dict(ran.result.weights))
     assert again.measured == ran.result.measured
+
+
+def test_only_a_pass_that_trains_changes_weights(ran: Ran) -> None:
+    own = dict(ran.program.model.named_parameters())
+    assert ran.each.trains or not ran.result.weights
+    assert all(weight.shape == own[name].shape for name, weight in ran.result.weights.items())
 
 
 def test_measurements_survive_json(ran: Ran) -> None:

@@ -1,0 +1,233 @@
+"""Self-distillation: its loss, its data, its checkpoints, and what it leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparsec.calibrate.corpus import read_corpus
+from sparsec.calibrate.distillation import (
+    HeldOut,
+    Outcome,
+    Settings,
+    _Run,
+    batch_of,
+    distill,
+    full_kl,
+    hold_out,
+    kl_top_k,
+    student_hidden,
+)
+from sparsec.calibrate.needles import ordinary_words
+from sparsec.calibrate.questions import training_windows
+from sparsec.calibrate.splits import Calibration
+from sparsec.calibrate.teacher import TopK, identity, read_top_k, save_top_k, top_k
+from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, trainable
+from sparsec.errors import TrainingError
+from sparsec.events import silent
+from sparsec.passes.base import Program
+from sparsec.passes.rtpurbo import Rtpurbo
+from sparsec.plan import Plan
+from sparsec.plugins.attention import Step
+from sparsec.plugins.families import shape_of
+from sparsec.plugins.runtime import applied, new_cache, rows_as, stepping
+
+ROWS = 64
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_deep: Path) -> Calibration:
+    return Calibration(read_corpus(), AutoTokenizer.from_pretrained(tiny_deep))
+
+
+@pytest.fixture(scope="module")
+def program(tiny_deep: Path, calibration: Calibration, tiny_options: dict[str, dict[str, Any]]) -> Program:
+    model = AutoModelForCausalLM.from_pretrained(tiny_deep).eval().requires_grad_(False)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(40.0)  # a random model says next to nothing: this one has opinions
+    dense = Program(model, Plan.dense(shape_of(model.config), "test"), {}, seed=3)
+    result = Rtpurbo.model_validate(tiny_options["rtpurbo"]).run(dense, calibration)
+    return Program(model, result.plan, result.tensors, seed=3)
+
+
+@pytest.fixture(scope="module")
+def lesson(program: Program, calibration: Calibration) -> tuple[Tensor, TopK, HeldOut]:
+    tokens, _ = training_windows(calibration, "train", length=256, count=4, rows=ROWS, questions=0.0, seed=0)
+    held, _ = training_windows(calibration, "search", length=256, count=2, rows=ROWS, questions=0.0, seed=0)
+    taught = top_k(program.model, tokens, 10, 2, torch.no_grad, silent)
+    return tokens, taught, hold_out(program.model, held, ROWS, ROWS)
+
+
+def settings(**changes: Any) -> Settings:
+    usual = {"steps": 8, "batch": 2, "micro_batch": 1, "rows": ROWS, "lr": 1e-2, "warmup": 2, "checks": 4}
+    return Settings(**{**usual, **changes})
+
+
+def test_the_loss_is_the_kl_over_everything_when_k_is_everything() -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(5, 11).log_softmax(-1), torch.randn(5, 11)
+    indices = torch.arange(11).expand(5, 11)
+    expected = (teacher.exp() * (teacher - student.log_softmax(-1))).sum(-1)
+    for rest in (True, False):
+        assert torch.allclose(kl_top_k(student, indices, teacher, rest), expected, atol=1e-4)
+
+
+def test_mass_moved_outside_the_top_k_is_punished_only_with_the_rest() -> None:
+    teacher = torch.tensor([[4.0, 3.0, -9.0, -9.0]])
+    best = teacher.log_softmax(-1).topk(2)
+    moved = torch.tensor([[4.0, 3.0, 8.0, -9.0]])
+    renormalised = kl_top_k(moved, best.indices, best.values, rest=False)
+    with_rest = kl_top_k(moved, best.indices, best.values, rest=True)
+    assert abs(float(renormalised)) < 1e-5
+    assert float(with_rest) > 1.0
+
+
+def test_every_window_is_seen_once_an_epoch_and_batches_depend_on_the_step_alone() -> None:
+    seen = [window for step in range(5) for window in batch_of(step, 2, 10, seed=1)]
+    assert sorted(seen) == list(range(10))
+    assert batch_of(7, 3, 10, seed=1) == batch_of(7, 3, 10, seed=1)
+    assert [batch_of(step, 10, 10, seed=1) for step in (0, 1)] != [batch_of(0, 10, 10, seed=1)] * 2
+
+
+def test_one_call_with_prompt_and_decode_rows_equals_prefill_then_decode(program: Program, lesson: Any) -> None:
+    tokens = lesson[0][:1]
+    with applied(program.model, program.plan, program.tensors), torch.no_grad():
+        whole = student_hidden(program.model, tokens, ROWS)[:, -ROWS:]
+        cache = new_cache(program.model)
+        with rows_as("prefill"):
+            program.model.get_decoder()(input_ids=tokens[:, :-ROWS], past_key_values=cache)
+        with stepping(Step(decode=True)):
+            split = program.model.get_decoder()(input_ids=tokens[:, -ROWS:], past_key_values=cache).last_hidden_state
+    assert torch.allclose(whole, split, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "all"])
+def test_training_brings_the_sparse_model_nearer_to_the_dense_one(program: Program, lesson: Any, kind: Any) -> None:
+    tokens, taught, held = lesson
+    before = copied_weights(program.model)
+    # A student that starts further off than the plan alone puts it, so that there is something to learn.
+    with torch.no_grad():
+        for layer in program.model.model.layers:
+            layer.mlp.down_proj.weight.mul_(0.2)
+    shifted = copied_weights(program.model)
+    try:
+        with applied(program.model, program.plan, program.tensors), trainable(program.model, kind, 8, None):
+            indexers = [p.requires_grad for n, p in program.model.named_parameters() if ".indexer." in n]
+            outcome = distill(
+                program.model,
+                tokens,
+                taught,
+                held,
+                settings(steps=24, lr=1e-3 if kind == "lora" else 1e-4),
+                state=None,
+                listen=silent,
+            )
+        assert indexers
+        assert not any(indexers)
+        assert outcome.best_step > 0
+        assert min(kl for _, kl in outcome.checks) < outcome.checks[0][1]
+        changed = changed_weights(program.model, shifted)
+        assert changed
+        with applied(program.model, program.plan, program.tensors):
+            assert full_kl(program.model, held, ROWS) == pytest.approx(min(kl for _, kl in outcome.checks), rel=1e-2)
+    finally:
+        put_weights(program.model, before)
+
+
+def test_a_run_that_gets_worse_or_diverges_keeps_the_weights(program: Program, lesson: Any) -> None:
+    tokens, taught, held = lesson
+    before = copied_weights(program.model)
+    with applied(program.model, program.plan, program.tensors), trainable(program.model, "all", 8, None):
+        outcome = distill(program.model, tokens, taught, held, settings(lr=30.0, warmup=0), state=None, listen=silent)
+    assert outcome.best_step == 0
+    assert not changed_weights(program.model, before)
+
+
+def test_a_stopped_run_continues_to_the_same_weights(program: Program, lesson: Any, tmp_path: Path) -> None:
+    tokens, taught, held = lesson
+    before = copied_weights(program.model)
+
+    def train(stop: int | None, folder: Path | None) -> tuple[dict[str, Tensor], Outcome]:
+        with applied(program.model, program.plan, program.tensors), trainable(program.model, "all", 8, None):
+            if stop is not None:
+                run = _Run(program.model, settings(), folder)
+                run.check(held, silent)
+                for step in range(stop):
+                    run.advance(step, tokens, taught)
+                    if step + 1 in run.when:
+                        run.check(held, silent)
+                run.save()
+                put_weights(program.model, before)
+            outcome = distill(program.model, tokens, taught, held, settings(), state=folder, listen=silent)
+        found = copied_weights(program.model)
+        put_weights(program.model, before)
+        return found, outcome
+
+    whole, undisturbed = train(None, None)
+    resumed, outcome = train(3, tmp_path)
+    assert outcome.resumed_at == 3
+    assert outcome.checks == undisturbed.checks
+    assert outcome.losses == undisturbed.losses
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_damaged_training_state_is_refused_with_the_way_out(program: Program, lesson: Any, tmp_path: Path) -> None:
+    (tmp_path / "state.safetensors").write_bytes(b"nonsense")
+    with (
+        applied(program.model, program.plan, program.tensors),
+        trainable(program.model, "all", 8, None),
+        pytest.raises(TrainingError, match=r"damaged .*: delete it"),
+    ):
+        distill(program.model, *lesson, settings(), state=tmp_path, listen=silent)
+
+
+def test_a_teacher_of_another_model_is_refused(program: Program, lesson: Any, tmp_path: Path) -> None:
+    tokens, taught, _ = lesson
+    owner = identity(program.model, tokens, 10)
+    save_top_k(tmp_path / "teacher.safetensors", taught, owner)
+    kept = read_top_k(tmp_path / "teacher.safetensors", owner)
+    assert kept is not None
+    assert torch.equal(kept.indices, taught.indices)
+    weight = next(program.model.parameters())
+    with torch.no_grad():
+        weight.view(-1)[0] += 1
+    try:
+        with pytest.raises(TrainingError, match="another model's or other text's: delete"):
+            read_top_k(tmp_path / "teacher.safetensors", identity(program.model, tokens, 10))
+    finally:
+        with torch.no_grad():
+            weight.view(-1)[0] -= 1
+
+
+def test_running_out_of_memory_names_what_to_lower(
+    program: Program, lesson: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(_Run, "advance", full)
+    with (
+        applied(program.model, program.plan, program.tensors),
+        trainable(program.model, "all", 8, None),
+        pytest.raises(TrainingError, match=r"lower distill\.micro_batch or distill.context"),
+    ):
+        distill(program.model, *lesson, settings(), state=None, listen=silent)
+
+
+def test_questions_lie_in_the_decode_rows_and_their_facts_before(calibration: Calibration) -> None:
+    windows, asked = training_windows(calibration, "train", length=700, count=4, rows=200, questions=0.5, seed=2)
+    assert windows.shape == (4, 700)
+    assert asked.tolist() == [False, True, False, True]
+    plain, none = training_windows(calibration, "train", length=700, count=4, rows=200, questions=0.0, seed=2)
+    assert not none.any()
+    assert torch.equal(windows[~asked], plain[~asked])
+    assert not torch.equal(windows[asked], plain[asked])
+
+
+def test_held_out_words_are_no_words_of_training(calibration: Calibration) -> None:
+    assert not set(ordinary_words(calibration, "heldout")) & set(ordinary_words(calibration, "train"))
