@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ LARGE = 10**9  # weights above which activations are recomputed rather than held
 
 
 @contextmanager
-def trainable(model: Any, kind: Kind, rank: int, checkpointing: bool | None) -> Iterator[None]:
+def trainable(model: Any, kind: Kind, rank: int, checkpointing: bool | None, seed: int = 0) -> Iterator[None]:
     """Inside the block the chosen weights require a gradient; afterwards the model is plain again, additions merged.
 
     Selectors never train: a selector that moves with the weights would have nothing fixed to be judged by.
@@ -25,6 +25,7 @@ def trainable(model: Any, kind: Kind, rank: int, checkpointing: bool | None) -> 
     Args:
         kind: ``all``, or ``lora`` on all linear layers but the output layer.
         rank: of the additions.
+        seed: of the additions' first values.
         checkpointing: recompute activations in the backward pass; None: where the model has over a billion weights.
 
     Raises:
@@ -32,7 +33,7 @@ def trainable(model: Any, kind: Kind, rank: int, checkpointing: bool | None) -> 
     """
     wrapped = None
     if kind == "lora":
-        wrapped = _with_lora(model, rank)
+        wrapped = _with_lora(model, rank, seed)
     else:
         for name, weight in model.named_parameters():
             weight.requires_grad_(".indexer." not in name and weight.is_floating_point())
@@ -73,7 +74,7 @@ def put_weights(model: Any, weights: dict[str, Tensor]) -> None:
         own[name].copy_(weight)
 
 
-def _with_lora(model: Any, rank: int) -> Any:
+def _with_lora(model: Any, rank: int, seed: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -83,17 +84,19 @@ def _with_lora(model: Any, rank: int) -> Any:
     with warnings.catch_warnings():
         # peft asks Transformers by a name that is on its way out there: nothing that a user could act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return get_peft_model(model, config)
 
 
 def _checkpoint(model: Any) -> None:
     model.train()  # Transformers recomputes in training mode only; there is no dropout in the supported families' plans
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    model.enable_input_require_grads()
 
 
 def _stop_checkpointing(model: Any) -> None:
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     disable()
-    model.disable_input_require_grads()
+    with suppress(AttributeError):  # some releases make inputs require a gradient when they enable it
+        model.disable_input_require_grads()

