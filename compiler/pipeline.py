@@ -283,16 +283,18 @@ class _Compile:
             **inputs,
         )
         stored = self.stages.load(key)
-        if stored is not None:
-            self.job.listen(Event(name, 1, 1, "stored result"))
-            self.seconds[name] = 0.0
-            return stored
-        began = time.monotonic()
-        with self.stages.scratch(key) as scratch:
-            data, tensors = run(scratch)
-            self.stages.store(key, data, tensors)
-        self.seconds[name] = time.monotonic() - began
-        return data, tensors
+        if stored is None:
+            with self.stages.scratch(key) as scratch:
+                stored = self.stages.load(key)  # by another compile, while this one waited for the folder
+                if stored is None:
+                    began = time.monotonic()
+                    data, tensors = run(scratch)
+                    self.stages.store(key, data, tensors)
+                    self.seconds[name] = time.monotonic() - began
+                    return data, tensors
+        self.job.listen(Event(name, 1, 1, "stored result"))
+        self.seconds[name] = 0.0
+        return stored
 
 
 def verdict(

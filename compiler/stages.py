@@ -10,8 +10,8 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import sparsec
 from sparsec.errors import ArtifactError
-from sparsec.export.aside import filling, sync, sync_folder
+from sparsec.export.aside import filling, shared_scratch, sync, sync_folder
 from sparsec.layout import read_json
 from sparsec.plugins.auto import read_tensors, write_tensors
 
@@ -41,18 +41,9 @@ class Stages:
             shutil.rmtree(place)  # a failing disk: it is computed again
             return None
 
-    @contextmanager
-    def scratch(self, fingerprint: str) -> Iterator[Path]:
-        """A folder for what a stage wants to find again if it is stopped; it goes when the stage has ended well."""
-        place = self.folder / f"{fingerprint}.unfinished"
-        place.mkdir(parents=True, exist_ok=True)
-        try:
-            yield place
-        except BaseException:
-            if not any(place.iterdir()):
-                place.rmdir()
-            raise
-        shutil.rmtree(place)
+    def scratch(self, fingerprint: str) -> AbstractContextManager[Path]:
+        """A folder for what a stage wants to find again if it is stopped; a second compile of the stage waits."""
+        return shared_scratch(self.folder / f"{fingerprint}.unfinished")
 
     def store(self, fingerprint: str, data: Any, tensors: Mapping[str, Tensor]) -> None:
         """Keep a result. Two writers of one fingerprint have the same result, so the first may win."""

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparsec.errors import ArtifactError
@@ -61,6 +61,36 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def shared_scratch(place: Path) -> Iterator[Path]:
+    """A folder that outlives a stopped block and goes when the block has ended well; one process at a time is inside.
+
+    The next process finds what the stopped one left, or an empty folder.
+    """
+    handle = _entered(place)
+    try:
+        yield place
+        shutil.rmtree(place)
+    except BaseException:
+        with suppress(OSError):  # not empty: that is what the next process wants to find
+            place.rmdir()
+        raise
+    finally:
+        os.close(handle)
+
+
+def _entered(place: Path) -> int:
+    """Handle of the locked folder. While this process waited, the one before may have taken the folder away."""
+    while True:
+        place.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            handle = os.open(place, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if place.is_dir() and os.path.samestat(os.fstat(handle), place.stat()):
+                return handle
+            os.close(handle)
 
 
 def sync(folder: Path) -> None:

@@ -45,7 +45,7 @@ WRONG_CALLS = {
     "no passes": (["model", "-o", "out"], "no passes: give --passes"),
     "no output": (["model", "--passes", "rtpurbo"], "no output folder: give -o DIR"),
     "an unknown pass": (["model", "-o", "out", "--passes", "rtpurb"], "no pass 'rtpurb': did you mean 'rtpurbo'?"),
-    "a pass like no other": (["model", "-o", "out", "--passes", "qqq"], "no pass 'qqq': known: indexcache, rtpurbo"),
+    "a pass like no other": (["model", "-o", "out", "--passes", "qqq"], "no pass 'qqq': known: distill, indexcache"),
     "a pass without what it needs": (
         ["model", "-o", "out", "--passes", "indexcache"],
         "indexcache needs indexers: add",
@@ -505,14 +505,15 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str, tuple[str, ...]]] = {
     ),
     "indexers of another shape": (
         rewritten(lambda tensors: tensors.update({name: t[:, :2].clone() for name, t in tensors.items()})),
-        "has shape (3, 2, 8), the plan needs (3, 4, 8)",
+        "2, 8), the plan needs (",
         RUNNING,
     ),
     "an indexer too few": (rewritten(lambda tensors: tensors.popitem()), "which is missing", RUNNING),
     "no weights": (without_weights, "cannot be loaded (", RUNNING),
     "truncated weights": (truncated, "cannot be loaded (", RUNNING),
     "a missing weight": (lacking, "lacks the weights model.layers.2.mlp.up_proj.weight", RUNNING),
-    "no tokenizer": (without_tokenizer, "cannot be loaded (", RUNNING),
+    "no tokenizer": (without_tokenizer, "cannot be loaded (", ("generate",)),
+    "no tokenizer to judge with": (without_tokenizer, "cannot read the tokenizer in", ("eval",)),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "no manifest.json of sparsec", ("inspect", "eval")),
     "no measurements": (
         lambda folder: (folder / "measurements.json").unlink(),
