@@ -16,6 +16,7 @@ one book is enough, and every split gets windows where the text allows it at all
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import math
@@ -89,6 +90,12 @@ class Calibration:
         """How many windows of ``length`` tokens :meth:`windows` can give."""
         body = self._body(length)
         return sum(len(ids) // body for ids in self._tokens[_known(split)])
+
+    def longest(self, split: str, most: int, count: int = 1) -> int:
+        """Tokens of the longest windows, ``most`` at most, of which the split has ``count``; 0 if there are none."""
+        lengths = range(2, most + 1)  # one token beside BOS, and more
+        fitting = bisect.bisect_left(lengths, True, key=lambda length: self.available(split, length) < count)
+        return lengths[fitting - 1] if fitting else 0
 
     def windows(self, split: str, length: int, count: int, *, seed: int = 0) -> torch.Tensor:
         """Token windows, none across documents, no two overlapping, drawn at random.

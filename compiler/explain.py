@@ -137,7 +137,7 @@ def _selector_lines(split: Mapping[str, Any] | None) -> list[str]:
     if split is None or not split["selector"]["heads"]:
         return []
     found = split["selector"]
-    if "resident" not in found:
+    if "contexts" not in found:
         return ["", "selectors measured by an older sparsec, which wrote less: compile again for the rest"]
     all_, held = found["summary"], found["resident"]
     parts = [f"{name} {size(held[kind])}" for kind, name in KINDS.items() if held[kind]]
@@ -149,7 +149,7 @@ def _selector_lines(split: Mapping[str, Any] | None) -> list[str]:
         f"          tokens kept: {all_['kept_mean']:.0f} as {unit(all_)}, {all_['other_kept_mean']:.0f} as "
         f"{unit(all_, other=True)}, {all_['oracle_kept_mean']:.0f} by the true attention",
         f"bytes     break-even of what a decode step reads: {break_even_words(found['break_even'])}; no time",
-        f"          cache of {split['context']} tokens: {', '.join(parts)}; dense {size(held['dense'])}",
+        f"          cache of {found['context']} tokens: {', '.join(parts)}; dense {size(held['dense'])}",
         "",
         table(*head_rows(found["heads"], all_)),
         "recall of true attention mass: all, no sinks, no forced token (chosen); p5: 5% of rows find less",

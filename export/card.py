@@ -57,8 +57,8 @@ def model_card(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[st
         _fenced(LOAD, "python"),
         "Or through Transformers:",
         _fenced(AUTO, "python"),
-        "**Without `import sparsec`, stock Transformers opens this folder as the plain dense model**: its "
-        "answers are the dense model's, nothing is sparse and no memory is saved.",
+        f"**Without `import sparsec`, stock Transformers opens this folder as {_dense(manifest)}**: nothing is sparse "
+        "and no memory is saved.",
         "## What was measured",
         f"The gate read {gate_words(gate)}.",
         _measured(gate),
@@ -80,8 +80,9 @@ def model_card(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[st
 
 def _what(plan: Plan, passes: Sequence[str], manifest: Mapping[str, Any]) -> str:
     kept, heads = kept_heads(plan)
+    weights = "weights trained for it" if manifest["weights"] == "trained" else "the same weights"
     first = (
-        f"{_code(model_name(manifest))} with the same weights and a plan that says for every layer and query head what "
+        f"{_code(model_name(manifest))} with {weights} and a plan that says for every layer and query head what "
         f"it attends to, made by sparsec ({', '.join(passes)})."
     )
     if plan.window is None:
@@ -90,6 +91,12 @@ def _what(plan: Plan, passes: Sequence[str], manifest: Mapping[str, Any]) -> str
         f"{first} {count(kept)} of {count(heads)} query heads can reach the whole context, all others see a window of "
         f"{count(plan.window.size)} tokens and the first {plan.window.sinks}."
     )
+
+
+def _dense(manifest: Mapping[str, Any]) -> str:
+    if manifest["weights"] == "trained":
+        return "a dense model with the trained weights, which is not the base model"
+    return "the plain dense model, with the dense model's answers"
 
 
 def _measured(gate: Mapping[str, Any]) -> str:

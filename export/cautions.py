@@ -28,6 +28,9 @@ def cautions(plan: Plan, measurements: Mapping[str, Any]) -> list[str]:
         found += _repeats(razor, configured(measurements, "razor"), measurements["gate"])
     if search is not None:
         found += _search(search)
+    trained = measured(measurements, "distill")
+    if trained is not None:
+        found += _trained(trained)
     return found + _text(measurements["calibration"])
 
 
@@ -123,6 +126,11 @@ def _split(plan: Plan, split: Mapping[str, Any], config: Mapping[str, Any], gate
         )
     if stage1["losses"] and stage1["kl_trained"] >= stage1["kl_closed_form"]:
         found.append("Training did not improve the indexers over their closed form: try another learning rate.")
+    if split["fit_context"] < split["readable"]:
+        found.append(
+            f"The model reads {count(split['readable'])} tokens; the indexers were fitted and measured on no more than "
+            f"{count(split['fit_context'])}. Indexers after RoPE find less beyond that: longer text, or fit_context."
+        )
     if split["window"] < PAPER_WINDOW:
         why = (
             f"scaled down because the model reads {count(split['readable'])} tokens"
@@ -186,6 +194,24 @@ def _search(search: Mapping[str, Any]) -> list[str]:
         found.append(f"Sharing lowered the loss ({fall}) on the text that chose the pattern: a gain is not claimed.")
     if search["stopped"] == "budget":
         found.append("The search for a sharing pattern ended at its loss budget, before the target was reached.")
+    return found
+
+
+def _trained(run: Mapping[str, Any]) -> list[str]:
+    found = []
+    if run["best_step"]:
+        found.append(
+            "The weights were trained under the plan. Opened densely, by stock Transformers or --dense, this is not "
+            "the base model: compare with the source."
+        )
+    else:
+        found.append("Training the weights improved nothing on held-out text: they are the dense model's, unchanged.")
+    if run["diverged"]:
+        found.append(
+            f"Training ended at step {count(len(run['losses']))}, where the loss was no number: use a lower rate."
+        )
+    if run["best_step"] and run["best_step"] == run["checks"][-1]["step"]:
+        found.append("The held-out divergence was still falling at the last step: more steps would help.")
     return found
 
 

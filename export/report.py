@@ -31,6 +31,7 @@ from sparsec.export.page import (
 )
 from sparsec.export.repeated import chosen_prefill, repeats
 from sparsec.export.selectors import selectors
+from sparsec.export.training import pass_costs, training
 from sparsec.export.words import (
     change,
     commands,
@@ -69,7 +70,11 @@ def render_report(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping
             body.append(chosen_prefill(split["prefill"]))
     if search is not None:
         body.append(sharing(search, configured(measurements, "indexcache")["max_loss"]))
-    body += [_text(measurements, split, search), _recipe(manifest), _warnings(warnings), _foot(plan, manifest)]
+    distilled = measured(measurements, "distill")
+    if distilled is not None:
+        body.append(training(distilled))
+    body.append(pass_costs(measurements))
+    body += [_text(measurements), _recipe(manifest), _warnings(warnings), _foot(plan, manifest)]
     return page(f"{model_name(manifest)}: sparsec report", body)
 
 
@@ -123,26 +128,31 @@ def _heads(plan: Plan, split: Mapping[str, Any] | None) -> str:
     )
 
 
-def _text(measurements: Mapping[str, Any], split: Mapping[str, Any] | None, search: Mapping[str, Any] | None) -> str:
+def _text(measurements: Mapping[str, Any]) -> str:
     text, gate = measurements["calibration"], measurements["gate"]
+    split, search, trained = (measured(measurements, name) for name in ("rtpurbo", "indexcache", "distill"))
     parts = [
         [_split_name(name), *(count(text[what][name]) for what in ("documents", "tokens", "longest_document"))]
         for name in text["documents"]
     ]
     used: list[Sequence[str]] = []
     if split is not None:
-        length, fit, seen = count(split["context"]), split["stage1"], split["selector"]["summary"]
+        length, fit, seen = count(split["context"]), split["stage1"], split["selector"]["contexts"]
         used += [
             ["heads", "train", f"{plural(split['needles'], 'needle')} in contexts of {length} tokens"],
-            ["indexers", "train", _windows(fit["windows"], split["context"], fit["rows"])],
+            ["indexers", "train", _windows(fit["windows"], split["fit_context"], fit["rows"])],
         ]
         if seen:
-            used.append(["selectors", "search", f"{plural(seen['rows'], 'row')} in contexts of {length} tokens"])
+            lengths = ", ".join(count(one["context"]) for one in seen)
+            used.append(["selectors", "search", f"the last quarter, at most 512 rows, of contexts of {lengths} tokens"])
         if "prefill" in split:
             chosen = split["prefill"]
             used.append(["chosen prefill", "search", _windows(chosen["windows"], chosen["context"], chosen["rows"])])
     if search is not None:
         used.append(["sharing", "search", _windows(search["windows"], search["context"], search["rows"])])
+    if trained is not None:
+        used.append(["weights", "train", _windows(trained["windows"], trained["context"], trained["rows"])])
+        used.append(["which weights", "search", f"{plural(len(trained['checks']), 'check')} on windows as long"])
     used.append(["gate", _split_name("heldout"), _windows(gate["windows"], gate["context"], gate["decode_rows"])])
     return section(
         "text",

@@ -44,9 +44,11 @@ def selectors(split: Mapping[str, Any], least: float) -> str:
         _recall(summary),
         heading("Tokens, blocks, and a perfect indexer"),
         _choices(summary),
+        heading("By context"),
+        _contexts(selector["contexts"]),
         heading("Bytes that a decode step reads in layers with an index"),
         *_reads(selector),
-        heading(f"Cache of {count(split['context'])} tokens"),
+        heading(f"Cache of {count(selector['context'])} tokens"),
         _resident(selector["resident"]),
         folded(f"All {len(heads)} heads as a table", _head_table(heads, summary)),
     )
@@ -131,6 +133,29 @@ def _choices(summary: Mapping[str, Any]) -> str:
         f"All keep the {count(summary['forced'])} forced tokens and follow the same rule. The last two are taken on "
         f"{plural(summary['sampled_rows'], 'row')} spread evenly over the {count(summary['rows'])}."
     )
+
+
+def _contexts(found: Sequence[Mapping[str, Any]]) -> str:
+    top = [
+        "context",
+        "recall, mean",
+        "5% of rows",
+        "chosen, mean",
+        "kept, mean",
+        "kept, p95",
+        "perfect keeps",
+        "recall",
+    ]
+    rows = [
+        [
+            count(one["context"]),
+            *map(share, (one["recall_mean"], one["recall_p5"], one["far_mean"])),
+            *(count(one[name]) for name in ("kept_mean", "kept_p95", "oracle_kept_mean")),
+            share(one["oracle_recall_mean"]),
+        ]
+        for one in found
+    ]
+    return table(top, rows, words=0)
 
 
 def _reads(selector: Mapping[str, Any]) -> list[str]:

@@ -23,6 +23,9 @@ from sparsec.passes.base import Cost, Pass, PassResult, Program, Tier
 from sparsec.plan import Plan
 from sparsec.plugins.runtime import applied
 
+LONGEST = 16384  # tokens a window, unless asked for: activations grow with it
+LEAST_WINDOWS = 4  # of the train text, that a length is taken for all of them
+
 
 class Distill(Pass):
     """How long, on what, which weights. Contexts and rows are tokens."""
@@ -30,7 +33,15 @@ class Distill(Pass):
     name: ClassVar[str] = "distill"
     tier: ClassVar[Tier] = "hours"
     presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {
-        "minutes": {"weights": "lora", "steps": 40, "batch": 1, "windows": 40, "held_windows": 2, "checks": 4},
+        "minutes": {
+            "weights": "lora",
+            "steps": 40,
+            "batch": 1,
+            "windows": 40,
+            "held_windows": 2,
+            "checks": 4,
+            "reach": 0.25,
+        },
         "hours": {},
     }
     summary: ClassVar[str] = "train the weights under the plan against the dense model (RTPurbo's second stage)"
@@ -44,7 +55,10 @@ class Distill(Pass):
     steps: int = Field(default=600, ge=1, description="optimizer steps (the paper: about 600)")
     batch: int = Field(default=4, ge=1, description="windows a step (the paper: 8 of 48K tokens)")
     micro_batch: int | None = Field(default=None, ge=1, description="windows a forward; null: the whole batch")
-    context: int | None = Field(default=None, ge=128, description="tokens a window; null: 4 local windows")
+    context: int | None = Field(default=None, ge=128, description="tokens a window; null: as reach says")
+    reach: float = Field(
+        default=1.0, gt=0, le=1, description="tokens a window, as a share of what the model reads, at most 16384"
+    )
     rows: int = Field(default=512, ge=16, description="last tokens of a window, run as decode rows (the paper: 300)")
     windows: int = Field(default=512, ge=1, description="different windows; the teacher reads each once")
     questions: float = Field(
@@ -77,8 +91,8 @@ class Distill(Pass):
         plan, model, listen = program.plan, program.model, program.listen
         if plan.is_dense:
             raise PlanError("distill has nothing to recover, the plan is dense: run rtpurbo, razor or window before it")
-        length = self.context_for(plan, int(model.config.max_position_embeddings))
-        rows = min(self.rows, length // 2)
+        length = self._context(plan, calibration, int(model.config.max_position_embeddings))
+        rows = min(self.rows, length // 4)
         tokens, asked = training_windows(
             calibration,
             "train",
@@ -133,14 +147,21 @@ class Distill(Pass):
 
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """A step is a forward and a backward, worth three forwards; the teacher reads every window once."""
-        length = self.context_for(plan, max_positions)
+        length = self.wanted_context(max_positions)
         forwards = 3 * self.steps * self.batch + self.windows + 2 * self.held_windows * (self.checks + 2)
         return Cost(tokens=forwards * length, resident=self.windows * length * self.top_k * 6)
 
-    def context_for(self, plan: Plan, readable: int) -> int:
-        """Four local windows, so that most of a window is out of the local heads' reach."""
-        size = plan.window.size if plan.window else readable // 16
-        return self.context or min(readable, 4 * size)
+    def wanted_context(self, readable: int) -> int:
+        """Far selection and far heads only learn in windows as long as those that they will run in."""
+        return self.context or int(self.reach * min(readable, LONGEST))
+
+    def _context(self, plan: Plan, calibration: Calibration, readable: int) -> int:
+        """What is wanted, or the most that the text has: a few windows to train on, one to choose by."""
+        wanted = self.wanted_context(readable)
+        if self.context is not None:
+            return wanted
+        found = min(calibration.longest("train", wanted, LEAST_WINDOWS), calibration.longest("search", wanted))
+        return max(found, 2 * plan.window.size if plan.window else 128)
 
     def _held(self, model: Any, calibration: Calibration, length: int, rows: int, seed: int) -> Any:
         tokens, _ = training_windows(

@@ -1,11 +1,12 @@
 """rtpurbo: keep the retrieval heads, window the others, fit a low-rank indexer to each head that is kept.
 
 RTPurbo, "Full Attention Strikes Back" (arXiv 2605.16928): about 15 % of query heads do long-range retrieval. They stay
-dense in prefill; in decode a rank-16 projection of q and k before RoPE scores the cache, top-p 0.9 of its softmax mass
-is kept, and attention on that set is exact. All other heads see sinks and a window.
+dense in prefill; in decode a rank-16 projection of q and k scores the cache, top-p 0.9 of its softmax mass is kept, and
+attention on that set is exact. All other heads see sinks and a window. The paper projects before RoPE; after it is the
+default here, because it finds the same mass in far fewer tokens (docs/passes/rtpurbo.md has the figures).
 
-This is detection, partition, the causal check and stage 1 (projections, backbone frozen). Weights do not change.
-What the paper leaves open and what is chosen here: docs/passes/rtpurbo.md.
+This is detection, partition, the causal check and stage 1 (projections, backbone frozen). Weights do not change;
+stage 2 is the pass ``distill``. What the paper leaves open and what is chosen here: docs/passes/rtpurbo.md.
 """
 
 from __future__ import annotations
@@ -49,13 +50,20 @@ from sparsec.passes.split import (
 from sparsec.plan import Plan, Selector, Window
 from sparsec.plugins.runtime import applied
 
+LONGEST = 16384  # tokens that selectors are fitted and measured on at a time, unless asked for: memory grows with them
+BY_CONTEXT = ("recall_mean", "recall_p5", "far_mean", "kept_mean", "kept_p95", "oracle_recall_mean", "oracle_kept_mean")
+
 
 class Rtpurbo(Pass):
     """Head split and indexers. Windows, sinks and contexts are tokens."""
 
     name: ClassVar[str] = "rtpurbo"
     tier: ClassVar[Tier] = "minutes"
-    presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {"training-free": {"steps": 0}, "minutes": {}, "hours": {}}
+    presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {
+        "training-free": {"steps": 0},
+        "minutes": {},
+        "hours": {"windows": 6, "steps": 600},
+    }
     summary: ClassVar[str] = "keep retrieval heads with low-rank indexers, window the other heads"
     source: ClassVar[str] = "RTPurbo, arXiv 2605.16928"
     conflicts: ClassVar[tuple[str, ...]] = ("razor", "window")
@@ -72,7 +80,7 @@ class Rtpurbo(Pass):
     rank: int = Field(
         default=16, ge=1, le=256, description="rows of the projections, at most head_dim; 16 fills a tensor-core tile"
     )
-    rope: Literal["pre", "post"] = Field(default="pre", description="q and k before (the paper) or after RoPE")
+    rope: Literal["pre", "post"] = Field(default="post", description="q and k before (the paper) or after RoPE")
     top_p: float = Field(default=0.9, gt=0, le=1, description="kept share of the selector's mass")
     select: Literal["token", "block"] = Field(default="token", description="granularity of the selection")
     block: int = Field(default=64, ge=1, description="tokens a block")
@@ -82,17 +90,23 @@ class Rtpurbo(Pass):
     query_block: int = Field(default=64, ge=1, le=1024, description="prompt rows that choose key blocks together")
     forced_recent: int = Field(default=64, ge=0, description="latest tokens that retrieval heads always keep (ours)")
     min_keep: int = Field(default=64, ge=0, description="unforced tokens kept at least (ours); the paper's block is 64")
-    context: int | None = Field(default=None, ge=128, description="tokens a calibration window; null: 4 windows")
+    context: int | None = Field(default=None, ge=128, description="tokens of what heads are found on; null: 4 windows")
     documents: int = Field(default=8, ge=2, description="documents that needles are hidden in")
     needles: int = Field(default=4, ge=1, description="needles a document")
     needle_words: int = Field(default=24, ge=4, description="words a needle")
     target: Literal["lumped", "all"] = Field(
         default="lumped", description="stage-1 target: forced tokens as one outcome (ours), or each by itself (paper)"
     )
-    windows: int = Field(default=6, ge=1, description="text windows, and as many needle documents, of stage 1")
+    fit_context: int | None = Field(
+        default=None,
+        ge=128,
+        description="tokens a window of stage 1; null: context if set, else what the model reads, at most 16384, "
+        "as far as the text has it",
+    )
+    windows: int = Field(default=2, ge=1, description="text windows, and as many needle documents, of stage 1")
     rows: int = Field(default=512, ge=64, description="query rows sampled from each")
     mined: int = Field(default=256, ge=0, description="more rows of each, those with the sharpest far attention (ours)")
-    steps: int = Field(default=600, ge=0, description="stage-1 steps of 64 rows (the paper: 600 of one sequence each)")
+    steps: int = Field(default=150, ge=0, description="stage-1 steps of 64 rows (the paper: 600 of one sequence each)")
     lr: float = Field(default=5e-3, gt=0, description="peak learning rate of stage 1 (the paper: 1e-3)")
 
     def run(self, program: Program, calibration: Calibration) -> PassResult:
@@ -107,12 +121,14 @@ class Rtpurbo(Pass):
         scores = needle_mass(model, documents, plan.model, listen)
         heads, measured = self._partition(scores, plan, allowed)
         listen(Event("detect retrieval heads", note=f"kept {sum(map(len, heads.values()))} heads"))
-        measured |= {"window": window, "context": context, "readable": readable}
+        farthest = self.context or min(readable, LONGEST)
+        fit = self.fit_context or max(context, calibration.longest("train", farthest, self.windows))
+        measured |= {"window": window, "context": context, "fit_context": fit, "readable": readable}
         sized = Window(size=window, sinks=self.sinks)
         measured["causal_check"] = causal_check(program, documents[:3], heads, allowed, sized, self.min_context)
 
         split = self._split(plan, heads, window)
-        samples = self._samples(program, calibration, split, heads, context, window)
+        samples = self._samples(program, calibration, split, heads, fit, window)
         forced = Forced(self.sinks, self.forced_recent, lump=self.target == "lumped")
         weights = {}
         for layer in tracked(list(heads), "closed form", listen, len(heads)):
@@ -138,19 +154,22 @@ class Rtpurbo(Pass):
             for layer, pair in weights.items()
             for part, weight in zip(("q_proj", "k_proj"), pair, strict=True)
         }
-        measured["selector"] = self._selector(program, calibration, split, tensors, context)
+        measured["selector"] = self._selector(program, calibration, split, tensors, farthest)
         if self.prefill == "selector":
-            measured["prefill"] = self._prefill(program, calibration, split, tensors, context)
+            measured["prefill"] = self._prefill(program, calibration, split, tensors, farthest)
         return PassResult(split, tensors, measured)
 
     def cost(self, plan: Plan, max_positions: int) -> Cost:
-        """Detection, two causal checks, captures and the selector's measurement are forwards of one window each."""
+        """Detection and two causal checks are forwards; so are captures and measurements, of longer windows."""
         context = self.context or min(max_positions, 4 * self.window_for(max_positions))
-        forwards = self.documents + 2 * 3 + 2 * self.windows + 4 + 4 * (self.prefill == "selector")
+        fit = self.fit_context or self.context or min(max_positions, LONGEST)
+        far = self.context or min(max_positions, LONGEST)
+        found = (self.documents + 2 * 3) * context
+        fitted = 2 * self.windows * fit + (2 + 4 * (self.prefill == "selector")) * far
         kept = round(self.ratio * plan.model.layers * plan.model.heads)
-        resident = 2 * self.windows * kept * (2 * self.rows + 2 * context) * plan.model.head_dim * 4
+        resident = 2 * self.windows * kept * (2 * self.rows + 2 * fit) * plan.model.head_dim * 4
         # A training step is a few matrix products of rows x context x head_dim a head: small beside a forward.
-        return Cost(tokens=forwards * context + self.steps * context // 32, resident=resident)
+        return Cost(tokens=found + fitted + self.steps * fit // 32, resident=resident)
 
     def window_for(self, readable: int) -> int:
         """The paper's 8192 belongs to models that read 128K and more: scaled to 1/16 of what this one reads."""
@@ -233,27 +252,35 @@ class Rtpurbo(Pass):
     def _selector(
         self, program: Program, calibration: Calibration, plan: Plan, tensors: dict[str, Tensor], context: int
     ) -> dict[str, Any]:
-        """Mass recall, tokens kept and bytes on text that no training saw, in decode rows; also at shorter contexts."""
-        stats, earlier = SelectorStats(), SelectorStats()
-        windows = calibration.windows("search", context, 2, seed=program.seed)
-        rows = min(256, context // 4)
+        """Mass recall, tokens kept and bytes on text that no training saw, in decode rows, at three contexts."""
+        longest = max(128, min(context, calibration.longest("search", context)))
+        lengths = [longest // 4, longest // 2, longest]
+        found = []
         with applied(program.model, plan, tensors):
-            for tokens in tracked(windows, "measure selectors", program.listen, len(windows)):
-                for part in (3, 5):
-                    decode_rows(program.model, tokens[: context * part // 8], context * part // 8 - rows, earlier)
-                decode_rows(program.model, tokens, context - rows, stats)
-        reads = [*earlier.reads(), *stats.reads()]
+            for length in tracked(lengths, "measure selectors", program.listen, len(lengths)):
+                (tokens,) = calibration.windows("search", length, 1, seed=program.seed)
+                stats = SelectorStats()
+                decode_rows(program.model, tokens, length - min(512, length // 4), stats)
+                found.append(stats)
+        reads = [read for stats in found for read in stats.reads()]
         return {
-            "summary": stats.summary(),
-            "heads": stats.table(),
+            "summary": found[-1].summary(),
+            "contexts": [
+                {"context": length, **{name: summary[name] for name in BY_CONTEXT}}
+                for length, summary in zip(lengths, (stats.summary() for stats in found), strict=True)
+                if summary
+            ],
+            "context": longest,
+            "heads": found[-1].table(),
             "reads": [read.to_json() for read in reads],
             "break_even": break_even(reads) if reads else None,
-            "resident": resident_bytes(plan, context, program.model.dtype.itemsize),
+            "resident": resident_bytes(plan, longest, program.model.dtype.itemsize),
         }
 
     def _prefill(
         self, program: Program, calibration: Calibration, plan: Plan, tensors: dict[str, Tensor], context: int
     ) -> dict[str, Any]:
         """What prompt rows that choose cost, on the same text as the selectors."""
-        windows = calibration.windows("search", context, 2, seed=program.seed)
+        longest = max(128, min(context, calibration.longest("search", context, 2)))
+        windows = calibration.windows("search", longest, 2, seed=program.seed)
         return prefill_quality(program.model, plan, tensors, calibration.tokenizer, list(windows), program.listen)

@@ -25,6 +25,7 @@ from sparsec.export.card import model_card
 from sparsec.export.cautions import cautions, noise
 from sparsec.export.report import render_report
 from sparsec.export.words import change, commands, percent, plural, size
+from sparsec.passes.distill import Distill
 from sparsec.passes.indexcache import IndexCache
 from sparsec.passes.rtpurbo import Rtpurbo
 from sparsec.plan import Plan
@@ -72,19 +73,23 @@ def text(tiny_llama: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def made(text: dict[str, Any]) -> Callable[..., Inputs]:
-    """``made(share=True, split=True)``: a small model of 6 layers, 4 query heads and 2 KV heads."""
+    """``made(share=True, split=True, train=False)``: a small model of 6 layers, 4 query heads and 2 KV heads."""
 
-    def make(share: bool = True, split: bool = True) -> Inputs:
+    def make(share: bool = True, split: bool = True, train: bool = False) -> Inputs:
         rtpurbo, indexcache = Rtpurbo(steps=4), IndexCache(max_loss=0.02)
         passes = []
         if split:
             passes.append(_record(rtpurbo, _split_measured()))
         if share:
             passes.append(_record(indexcache, _search_measured()))
+        if train:
+            passes.append(_record(Distill(), _training_measured()))
         dense = _loss(0.8, [0.78, 0.82], kv_bytes=12 << 20)
         found = _loss(0.808, [0.79, 0.826], kv_bytes=7 << 20)
         recall = {"recall_mean": 0.934, "recall_p5": 0.71, "kept_mean": 222.4, "kept_p95": 512.0}
         selector = {"heads": 6, "rows": 1024, "context_mean": 1792.5, **recall} if split else {}
+        for each in passes[:-1]:
+            each["after"] = _loss(0.82, [0.81, 0.83], kv_bytes=7 << 20) | {"selector": selector}
         gate = verdict(Gate(), dense, found, selector) | {"context": 2048, "decode_rows": 512, "windows": 2}
         measurements = {
             "producer": "sparsec 0",
@@ -102,6 +107,7 @@ def made(text: dict[str, Any]) -> Callable[..., Inputs]:
             "calibration": text["digest"],
             "device": "cpu",
             "dtype": "auto",
+            "weights": "trained" if train else "unchanged",
             "versions": {"sparsec": "0", "torch": "2"},
         }
         return Inputs(_plan(share, split), measurements, manifest)
@@ -166,11 +172,14 @@ def _split_measured() -> dict[str, Any]:
         "possible_heads": 24,
         "window": 512,
         "context": 2048,
+        "fit_context": 2048,
         "readable": 2048,
         "causal_check": {"heads": 6, "dense": 0.95, "tokens": 276, "kept_heads_local": 0.01, "random_heads_local": 0.7},
         "stage1": {"kl_closed_form": 2.4, "kl_trained": 0.6, "losses": [2.0, 1.5, 0.9, 0.7], "windows": 8, "rows": 512},
         "selector": {
             "summary": summary,
+            "contexts": [{"context": length, **summary} for length in (512, 1024, 2048)],
+            "context": 2048,
             "heads": table,
             "reads": reads,
             "break_even": {"tokens": 1024.4, "bound": "about"},
@@ -197,6 +206,15 @@ def _search_measured() -> dict[str, Any]:
         "context": 2048,
         "rows": 256,
     }
+
+
+def _training_measured() -> dict[str, Any]:
+    checks = [{"step": step, "kl": kl} for step, kl in ((0, 0.12), (2, 0.06), (4, 0.07))]
+    return {
+        "weights": "lora", "tier": "minutes", "context": 2048, "rows": 512, "windows": 16, "with_questions": 8,
+        "tokens": 32768, "teacher_mass": 0.87, "checks": checks, "kl_before": 0.12, "kl_best": 0.06, "best_step": 2,
+        "diverged": False, "losses": [0.11, 0.08, 0.06, 0.05], "changed_tensors": 42,
+    }  # fmt: skip
 
 
 class _Reader(HTMLParser):
@@ -255,8 +273,9 @@ def _source(drawing: ElementTree.Element) -> str:
 
 
 def test_page_has_every_section_in_order(made: Callable[..., Inputs]) -> None:
-    sections = ["heads", "detection", "stage1", "selectors", "sharing", "text", "recipe", "warnings"]
+    sections = ["heads", "detection", "stage1", "selectors", "sharing", "passes", "text", "recipe", "warnings"]
     assert read(made()).sections == sections
+    assert read(made(train=True)).sections == [*sections[:5], "training", *sections[5:]]
 
 
 def test_sections_of_passes_that_did_not_run_are_absent(made: Callable[..., Inputs]) -> None:
@@ -414,7 +433,7 @@ def test_break_even_says_what_was_not_measured(found: Any, words: str, made: Cal
 
 def test_unmeasured_selectors_leave_their_section_out(made: Callable[..., Inputs]) -> None:
     inputs = made(share=False)
-    inputs.passing("rtpurbo")["selector"] = {"summary": {}, "heads": []}
+    inputs.passing("rtpurbo")["selector"] = {"summary": {}, "heads": [], "contexts": []}
     inputs.measurements["gate"]["selector"] = {}
     reader = read(inputs)
     assert "selectors" not in reader.sections
@@ -601,6 +620,19 @@ def test_card_says_what_was_measured_and_what_was_not(made: Callable[..., Inputs
         "sparsec inspect . --recipe > recipe.yaml\nsparsec compile models/base --recipe recipe.yaml -o out",
     ):
         assert said in card, said
+
+
+def test_trained_weights_are_shown_and_never_called_the_base_models(made: Callable[..., Inputs]) -> None:
+    page, card = read(made(train=True)).words, model_card(*made(train=True))
+    for said in ("those of step 2, the best: 0.0600 nats a row, −50%", "Opened densely", "after rtpurbo", "+2.50%"):
+        assert said in page, said
+    assert "a dense model with the trained weights, which is not the base model" in card
+    assert "with weights trained for it" in card
+    nothing = made(train=True)
+    nothing.passing("distill").update(best_step=0, kl_best=0.12, diverged=True)
+    page = read(nothing).words
+    assert "Nothing that was trained did better" in page
+    assert "Training ended at step 4, where the loss was no number" in page
 
 
 def test_card_of_a_split_without_selectors_has_no_recall(made: Callable[..., Inputs]) -> None:
