@@ -3,14 +3,15 @@
 python benchmarks/tables.py            write them anew
 python benchmarks/tables.py --check    exit with 1 if one is stale
 
-eval    eval-demo.json, what ``sparsec eval -o`` wrote: systems side by side, tasks, positions, long decode
+eval      eval-demo.json, what ``sparsec eval -o`` wrote: systems side by side, tasks, positions, long decode
+indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,55 @@ def render(name: str) -> str:
     Raises:
         ValueError: no such table.
     """
-    if name != "eval":
+    if name not in TABLES:
         raise ValueError(f"there is no table {name!r}: see benchmarks/tables.py")
-    file = RESULTS / "eval-demo.json"
+    stem, command, write = TABLES[name]
+    file = RESULTS / f"{stem}.json"
     if not file.is_file():
-        return "Not measured yet: `make bench` measures it and fills this in."
-    return evaluation(json.loads(file.read_text(encoding="utf-8")))
+        return f"Not measured yet: `{command}` measures it and fills this in."
+    return write(json.loads(file.read_text(encoding="utf-8")))
 
 
 def evaluation(result: Mapping[str, Any]) -> str:
     """The result of ``sparsec eval`` as Markdown."""
     parts = []
     for table in tables(result):
-        rule = ["---"] * table.left + ["---:"] * (len(table.head) - table.left)
         parts += [f"**{table.title}**", ""] if table.title else []
-        parts += [f"| {' | '.join(line)} |" for line in (table.head, rule, *table.rows)]
-        parts += ["", table.note, ""]
+        parts += [*_markdown(table.head, table.rows, table.left), "", table.note, ""]
     return "\n".join([*parts, "; ".join(made_of(result, Path(result["text"]["spec"]).name)) + "."])
+
+
+def indexers(result: Mapping[str, Any]) -> str:
+    """The result of benchmarks/indexers.py as Markdown."""
+    head = ["RoPE", "stretched"]
+    contexts = [one["context"] for one in result["fits"][0]["contexts"]]
+    head += [part for context in contexts for part in (f"mass found in {context:,}", "tokens kept")]
+    rows = [
+        [
+            {"pre": "before", "post": "after"}[fit["rope"]],
+            "yes" if fit["stretch"] else "no",
+            *(part for one in fit["contexts"] for part in (f"{one['recall_mean']:.1%}", f"{one['kept_mean']:,.0f}")),
+        ]
+        for fit in result["fits"]
+    ]
+    perfect = ", ".join(
+        f"{one['oracle_recall_mean']:.1%} in {one['oracle_kept_mean']:,.0f} of {one['context']:,}"
+        for one in result["fits"][0]["contexts"]
+    )
+    made = f"{result['device']}, torch {result['versions']['torch']}; {result['text']}: `{result['command']}`."
+    note = f"By the true attention instead of an indexer, the same rule keeps: {perfect}. {made}"
+    return "\n".join([*_markdown(head, rows, 2), "", note])
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return [f"| {' | '.join(line)} |" for line in (head, rule, *rows)]
+
+
+TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
+    "eval": ("eval-demo", "make bench", evaluation),
+    "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
+}
 
 
 if __name__ == "__main__":

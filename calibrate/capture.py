@@ -79,7 +79,15 @@ def capturing(model: Any, note: Callable[[Captured], None]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def capture(model: Any, tokens: Tensor, note: Callable[[Captured], None]) -> None:
-    """Run the decoder (no head) over [batch, length] token ids and report every layer."""
+def capture(model: Any, tokens: Tensor, note: Callable[[Captured], None], positions: Tensor | None = None) -> None:
+    """Run the decoder (no head) over [batch, length] token ids and report every layer.
+
+    positions: [length], ascending, where they are not 0, 1, 2 and so on.
+    """
+    ids = tokens.to(model.device)
+    placed = {}
+    if positions is not None:
+        # The mask says that all is one sequence: Transformers takes a jump in the positions for the next one's start.
+        placed = {"position_ids": positions.to(ids.device)[None], "attention_mask": torch.ones_like(ids)}
     with capturing(model, note):
-        model.get_decoder()(input_ids=tokens.to(model.device), use_cache=False)
+        model.get_decoder()(input_ids=ids, use_cache=False, **placed)

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sparsec.calibrate import ranks
 from sparsec.calibrate.teacher import ROWS, Head, TopK
 from sparsec.errors import TrainingError
 from sparsec.events import Event, Listener
@@ -157,8 +158,10 @@ def hold_out(model: Any, tokens: Tensor, rows: int, compared: int) -> HeldOut:
 @torch.no_grad()
 def full_kl(model: Any, held: HeldOut, rows: int) -> float:
     """Mean forward KL a row over the whole vocabulary, in nats, under the installed plan."""
-    head, context, total, count = Head(model), precision(model.device), 0.0, 0
-    for window, taught in zip(held.tokens, held.hidden, strict=True):
+    head, context, sums = Head(model), precision(model.device), []
+    pairs = list(zip(held.tokens, held.hidden, strict=True))
+    for window, taught in ranks.own(pairs):
+        total = 0.0
         with context():
             hidden = student_hidden(model, window[None].to(model.device), rows)[0]
             hidden = hidden[held.rows.to(hidden.device)]
@@ -167,8 +170,8 @@ def full_kl(model: Any, held: HeldOut, rows: int) -> float:
                 logp = head(taught[part], held.head).log_softmax(-1)
                 logq = head(hidden[part]).log_softmax(-1)
                 total += float((logp.exp() * (logp - logq)).sum())
-                count += len(logp)
-    return total / max(1, count)
+        sums.append(total)
+    return sum(ranks.in_order(sums)) / max(1, len(pairs) * len(held.rows))
 
 
 def distill(
@@ -195,6 +198,7 @@ def distill(
     """
     run = _Run(model, settings, state)
     run.resume()
+    ranks.wait()  # all have read the state before the first process writes another
     try:
         if not run.outcome.checks:
             run.check(held, listen)
@@ -250,17 +254,19 @@ class _Run:
         """One optimizer step."""
         s, began, device = self.settings, time.monotonic(), self.model.device
         chosen = batch_of(step, s.batch, len(tokens), s.seed)
-        total = 0.0
-        for start in range(0, len(chosen), s.micro_batch):
-            part = chosen[start : start + s.micro_batch]
+        share = ranks.own(chosen)
+        total = torch.zeros((), device=device)
+        for start in range(0, len(share), s.micro_batch):
+            part = share[start : start + s.micro_batch]
             inputs = (tokens[part], taught.indices[part], taught.logp[part])
             with precision(device)():
                 loss = self.student(*(x.to(device) for x in inputs)) * (len(part) / len(chosen))
             loss.backward()
-            total += float(loss.detach())
+            total += loss.detach()
+        self._add_up(total)
         norm = float(nn.utils.clip_grad_norm_(self.trained.values(), s.clip))
-        self.outcome.losses.append(total)
-        self.outcome.diverged = not (math.isfinite(total) and math.isfinite(norm))
+        self.outcome.losses.append(float(total))
+        self.outcome.diverged = not (math.isfinite(float(total)) and math.isfinite(norm))
         if not self.outcome.diverged:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(step)
@@ -269,6 +275,14 @@ class _Run:
         self.step = step + 1
         self.outcome.tokens += len(chosen) * tokens.shape[1]
         self.outcome.seconds += time.monotonic() - began
+
+    def _add_up(self, total: Tensor) -> None:
+        """Loss and gradients over all processes; one without a window of this step adds nothing."""
+        if ranks.count() > 1:
+            for weight in self.trained.values():
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+            ranks.add_up([total, *(w.grad for w in self.trained.values() if w.grad is not None)])
 
     def check(self, held: HeldOut, listen: Listener) -> None:
         """Measure on what is not trained on; keep the weights if they are the best so far."""
@@ -288,7 +302,7 @@ class _Run:
 
     def save_if_due(self) -> None:
         """Once a minute, so that a stopped run loses little."""
-        if self.folder is not None and time.monotonic() - self.saved > SAVE_SECONDS:
+        if self.folder is not None and ranks.is_first() and time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
@@ -316,7 +330,7 @@ class _Run:
     def resume(self) -> None:
         """Continue a saved run, if there is one."""
         file = self.folder / "state.safetensors" if self.folder is not None else None
-        if file is None or not file.is_file():
+        if file is None or not ranks.same(file.is_file()):
             return
         history, tensors = read_state(file)
         if any(f"now.{name}" not in tensors for name in self.trained):

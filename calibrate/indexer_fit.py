@@ -15,7 +15,7 @@ Cq^-1/2 G Ck^-1/2. After RoPE l is itself bilinear and the form is exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from sparsec.calibrate.capture import Captured, capture
-from sparsec.calibrate.needles import NeedleDocument
 from sparsec.events import Event, Listener
 from sparsec.plan import Plan
 
@@ -59,23 +58,6 @@ class LayerSample:
 Window = dict[int, LayerSample]  # by layer
 
 
-def text_rows(length: int, local: int, count: int, generator: torch.Generator) -> Tensor:
-    """Query rows of a text window, mostly beyond the local window: those below it say nothing about far selection."""
-    near = torch.randperm(min(local, length), generator=generator)[: count // 8]
-    far = torch.randperm(max(0, length - local), generator=generator)[: count - len(near)] + min(local, length)
-    return torch.cat((near, far)).sort().values
-
-
-def needle_rows(document: NeedleDocument, local: int, count: int, generator: torch.Generator) -> Tensor:
-    """The rows of the later needles, all of them, filled up with text rows: where retrieval heads do their work.
-
-    Plain text has few such rows, and projections that never saw one lose the needle (docs/passes/rtpurbo.md).
-    """
-    later = torch.cat([torch.arange(span.start, span.stop) for _, span in document.pairs])
-    rest = text_rows(len(document.tokens), local, max(0, count - len(later)), generator)
-    return torch.tensor(sorted({*later.tolist(), *rest.tolist()}))
-
-
 def sample_window(
     model: Any,
     plan: Plan,
@@ -87,14 +69,18 @@ def sample_window(
     mined: int,
     forced: Forced,
     generator: torch.Generator,
+    positions: Tensor | None = None,
 ) -> Window:
     """One dense forward over [length] token ids; what the retrieval heads of ``heads`` (by layer) see.
 
+    positions: see :func:`sparsec.calibrate.fit_windows.stretched`.
+
     Kept are the given ``rows`` and, layer by layer, ``mined`` more: those in which a head gives one far key the most
     weight. Such rows are rare in text, and losing their key costs most. All in random order, so that every tile of
-    rows is a fair sample.
+    rows is a fair sample; without mined ones, all layers keep the same rows in the same order.
     """
     sample: Window = {}
+    place = torch.rand(len(tokens), generator=generator)
 
     def note(seen: Captured) -> None:
         chosen = heads.get(seen.layer)
@@ -105,11 +91,11 @@ def sample_window(
         every = torch.arange(len(tokens), device=seen.q.device)
         whole = LayerSample(seen.q[0, query], seen.k[0, kv], seen.q[0, query], seen.k[0, kv], every, seen.scale)
         at = torch.cat((rows.to(every.device), _sharpest(whole, forced, mined))).unique().cpu()  # type: ignore[no-untyped-call]
-        at = at[torch.randperm(len(at), generator=generator)].to(every.device)
+        at = at[place[at].argsort()].to(every.device)
         q_in, k_in = seen.before_rope() if rope == "pre" else (seen.q, seen.k)
         sample[seen.layer] = LayerSample(whole.q[:, at], whole.k, q_in[0, query][:, at], k_in[0, kv], at, seen.scale)
 
-    capture(model, tokens[None], note)
+    capture(model, tokens[None], note, positions)
     return sample
 
 
@@ -158,17 +144,33 @@ def closed_form(samples: Sequence[LayerSample], rank: int, forced: Forced) -> tu
 
 def kl(sample: LayerSample, wq: Tensor, wk: Tensor, start: int, forced: Forced) -> Tensor:
     """Forward KL of one tile of rows, summed over heads, mean over rows: sum_j p_j (log p_j - log softmax(s)_j)."""
-    logits, seen = _logits(sample, start)
-    log_p = logits.masked_fill(~seen, float("-inf")).log_softmax(-1)
+    return divergence(sample, scores(sample, wq, wk, start), start, forced).sum()
+
+
+def scores(sample: LayerSample, wq: Tensor, wk: Tensor, start: int) -> Tensor:
+    """What an indexer says of one tile of rows: [heads, tile, keys], float32."""
     zq = torch.einsum("hmd,hrd->hmr", sample.q_in[:, start : start + TILE].float(), wq)
     zk = torch.einsum("hnd,hrd->hnr", sample.k_in.float(), wk)
-    log_s = (zq @ zk.transpose(-1, -2)).masked_fill(~seen, float("-inf")).log_softmax(-1)
+    return zq @ zk.transpose(-1, -2)
+
+
+def divergence(target: LayerSample, scores: Tensor, start: int, forced: Forced) -> Tensor:
+    """Forward KL of the heads' true attention in one tile of rows from softmax(scores), mean over the rows: [heads].
+
+    target: whose q and k say what is true. scores: [heads, tile, keys].
+    """
+    logits, seen = _logits(target, start)
+    log_p = logits.masked_fill(~seen, float("-inf")).log_softmax(-1)
+    log_s = scores.masked_fill(~seen, float("-inf")).log_softmax(-1)
     each = torch.where(seen, log_p.exp() * (log_p - log_s).nan_to_num(0.0), 0.0)
     if not forced.lump:
-        return each.sum(-1).sum(0).mean()
-    lumped = forced.mask(sample.rows[start : start + TILE], seen.shape[-1])
+        return each.sum(-1).mean(-1)
+    lumped = forced.mask(target.rows[start : start + TILE], seen.shape[-1])
     log_p, log_s = (x.masked_fill(~lumped, float("-inf")).logsumexp(-1) for x in (log_p, log_s))
-    return (each.masked_fill(lumped, 0.0).sum(-1) + log_p.exp() * (log_p - log_s)).sum(0).mean()
+    return (each.masked_fill(lumped, 0.0).sum(-1) + log_p.exp() * (log_p - log_s)).mean(-1)
+
+
+Loss = Callable[[Window, int, tuple[Tensor, Tensor], int], Tensor]  # window, layer, (Wq, Wk), first row of the tile
 
 
 def train(
@@ -180,17 +182,25 @@ def train(
     lr: float,
     seed: int,
     listen: Listener,
+    loss: Loss | None = None,
+    heads: int | None = None,
+    stage: str = "train indexers",
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], list[float]]:
     """AdamW, linear warm-up, cosine, weight decay 0.01, gradient norm 1.0 (the paper's settings, fewer steps).
 
     Keeps the weights with the lowest smoothed loss, so a run that diverges gives back the best it had.
 
+    Args:
+        loss: of one layer's weights on one tile, summed over heads; None: :func:`kl` on the layer's own heads.
+        heads: that the losses of all layers sum over; None: those that have weights.
+
     Returns:
         Wq, Wk by layer and the loss per head of every step.
     """
+    loss = loss or (lambda window, layer, pair, start: kl(window[layer], *pair, start, forced))
     parameters = {i: (wq.clone().requires_grad_(), wk.clone().requires_grad_()) for i, (wq, wk) in weights.items()}
     flat = [w for pair in parameters.values() for w in pair]
-    heads = sum(pair[0].shape[0] for pair in parameters.values())
+    heads = heads or sum(pair[0].shape[0] for pair in parameters.values())
     optimizer = torch.optim.AdamW(flat, lr=lr, weight_decay=0.01)
     warm = max(1, steps // 6)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -205,12 +215,12 @@ def train(
     for step in range(steps):
         window = windows[step % len(windows)]
         total = 0.0
-        for i, sample in window.items():
-            tiles = max(1, sample.q.shape[1] // TILE)
+        for i, pair in parameters.items():
+            tiles = max(1, window[i].q.shape[1] // TILE)
             start = int(torch.randint(tiles, (1,), generator=generator)) * TILE
-            loss = kl(sample, *parameters[i], start, forced)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+            found = loss(window, i, pair, start)
+            found.backward()  # type: ignore[no-untyped-call]
+            total += float(found.detach())
         losses.append(total / heads)
         smooth = losses[-1] if smooth is None else 0.9 * smooth + 0.1 * losses[-1]
         if math.isfinite(smooth) and smooth < best_loss and step >= min(len(windows), steps - 1):
@@ -219,7 +229,7 @@ def train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        listen(Event("train indexers", step + 1, steps))
+        listen(Event(stage, step + 1, steps))
     pairs = iter(best)
     return {i: (next(pairs), next(pairs)) for i in parameters}, losses
 

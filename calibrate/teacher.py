@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsec.calibrate import ranks
 from sparsec.errors import TrainingError
 from sparsec.events import Listener, tracked
 
@@ -56,21 +57,22 @@ def top_k(model: Any, tokens: Tensor, k: int, batch: int, precision: Callable[[]
         batch: windows a forward.
         precision: makes the context (autocast or nothing) that forwards run in.
     """
-    head = Head(model)
-    indices = torch.empty(*tokens.shape, k, dtype=torch.int32)
-    logp = torch.empty(*tokens.shape, k, dtype=torch.float16)
-    starts = range(0, len(tokens), batch)
+    head, found = Head(model), []
+    starts = ranks.own(range(0, len(tokens), batch))
     for start in tracked(starts, "read the teacher", listen, len(starts)):
-        part = slice(start, start + batch)
+        part = tokens[start : start + batch]
+        indices = torch.empty(part.numel(), k, dtype=torch.int32)
+        logp = torch.empty(part.numel(), k, dtype=torch.float16)
         with precision():
-            hidden = model.get_decoder()(input_ids=tokens[part].to(model.device), use_cache=False).last_hidden_state
+            hidden = model.get_decoder()(input_ids=part.to(model.device), use_cache=False).last_hidden_state
             for at, rows in _chunks(hidden.flatten(0, 1)):
                 logits = head(rows)
                 best = logits.topk(k, dim=-1)
-                values = best.values - logits.logsumexp(-1, keepdim=True)
-                indices[part].view(-1, k)[at] = best.indices.int().cpu()
-                logp[part].view(-1, k)[at] = values.half().cpu()
-    return TopK(indices, logp)
+                indices[at] = best.indices.int().cpu()
+                logp[at] = (best.values - logits.logsumexp(-1, keepdim=True)).half().cpu()
+        found.append((indices.view(*part.shape, k), logp.view(*part.shape, k)))
+    both = zip(*ranks.in_order(found), strict=True)
+    return TopK(*(torch.cat(parts) for parts in both))
 
 
 def _chunks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:

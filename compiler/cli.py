@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,6 +14,7 @@ import click
 
 import sparsec
 from sparsec.errors import SparsecError, UsageError
+from sparsec.events import silent
 
 if TYPE_CHECKING:
     from sparsec.passes.base import Tier
@@ -133,12 +135,16 @@ def compile_command(
         click.echo(json.dumps(expected, indent=2) if as_json else _expected_text(expected))
         return
 
+    from sparsec.calibrate import ranks
     from sparsec.compiler.pipeline import Job, compile_model
 
     assert out is not None
-    with drawing() as listen:
+    device = ranks.join(device)
+    with drawing() if ranks.is_first() else nullcontext(silent) as listen:
         job = Job(source, out, recipe, cache_dir(), revision, device, dtype, force, listen)
         outcome = compile_model(job)
+    if not outcome.written:
+        return
     if as_json:
         result = {
             "out": str(out),
@@ -377,5 +383,7 @@ def main() -> None:
 
 def _fail(message: str, status: int) -> NoReturn:
     """One line on standard error, whatever a library put into it, and the exit status."""
+    if status == UsageError.exit_code and os.environ.get("RANK", "0") != "0":
+        sys.exit(status)  # the first process says it
     click.echo(f"sparsec: {' '.join(message.splitlines())}", err=True)
     sys.exit(status)

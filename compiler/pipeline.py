@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 
 import sparsec
+from sparsec.calibrate import ranks
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.decode import text_loss
 from sparsec.calibrate.selector_stats import SelectorStats
@@ -28,8 +29,8 @@ from sparsec.compiler.checkpoint import load_config
 from sparsec.compiler.recipe import Gate, Recipe
 from sparsec.compiler.registry import make_passes
 from sparsec.compiler.source import Source, load_model, load_tokenizer, open_source, weight_files
-from sparsec.compiler.stages import Stages, code_digest, fingerprint, tensors_digest
-from sparsec.errors import ArtifactError, GateError
+from sparsec.compiler.stages import Stages, Stored, code_digest, fingerprint, tensors_digest
+from sparsec.errors import ArtifactError, GateError, UsageError
 from sparsec.events import Event, Listener, silent
 from sparsec.export.artifact import (
     check_free,
@@ -78,6 +79,7 @@ class Outcome:
     measurements: Mapping[str, Any]
     out: Path
     seconds: Mapping[str, float]  # by stage; 0 for one that was stored
+    written: bool = True  # by this process; where several compile together, the first one judges and writes
 
 
 def compile_model(job: Job) -> Outcome:
@@ -92,7 +94,8 @@ def compile_model(job: Job) -> Outcome:
     device_map(job.device)
     recover(job.out)
     check_free(job.out, force=job.force)
-    source = open_source(job.source, revision=job.revision, cache_dir=job.cache_dir, progress=_say(job))
+    with ranks.first_alone():  # it unpacks, the others find it
+        source = open_source(job.source, revision=job.revision, cache_dir=job.cache_dir, progress=_say(job))
     family_of(load_config(source.path))
     check_room(job.out, sum(file.stat().st_size for file in weight_files(source.path)))
     tokenizer = load_tokenizer(source)
@@ -106,6 +109,8 @@ def compile_model(job: Job) -> Outcome:
             compile_.measure_pass()
     dense = compile_.measure_dense()
     compile_.free_model()
+    if not ranks.leave():
+        return Outcome(compile_.program.plan, {}, job.out, compile_.seconds, written=False)
 
     plan = compile_.program.plan
     with writing(job.out, force=job.force) as aside:
@@ -151,7 +156,8 @@ class _Compile:
         config = each.model_dump(mode="json")
         data, tensors = self._stage(
             each.name,
-            lambda scratch: _run(each, replace(program, scratch=scratch if each.trains else None), self.calibration),
+            lambda scratch: _run(each, replace(program, scratch=scratch), self.calibration),
+            each.parallel,
             plan=program.plan.to_json(),
             tensors=tensors_digest(program.tensors),
             config=config,
@@ -271,7 +277,8 @@ class _Compile:
         windows = self.calibration.windows("heldout", length, gate.windows, seed=self.job.recipe.seed)
         return list(windows), length - min(gate.rows, length // 2)
 
-    def _stage(self, name: str, run: Any, **inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+    def _stage(self, name: str, run: Callable[[Path], Stored], parallel: bool = False, **inputs: Any) -> Stored:
+        """A stage's result, stored or new. Several processes run a parallel one together, any other the first alone."""
         key = fingerprint(
             stage=name,
             source=self.source.digest,
@@ -283,17 +290,28 @@ class _Compile:
             **inputs,
         )
         stored = self.stages.load(key)
-        if stored is None:
-            with self.stages.scratch(key) as scratch:
+        if ranks.same(stored is None):
+            with self.stages.scratch(key) if ranks.is_first() else nullcontext(self.stages.place(key)) as scratch:
                 stored = self.stages.load(key)  # by another compile, while this one waited for the folder
-                if stored is None:
+                if ranks.same(stored is None):
                     began = time.monotonic()
-                    data, tensors = run(scratch)
-                    self.stages.store(key, data, tensors)
+                    stored = run(scratch) if parallel or ranks.is_first() else None
+                    if stored is not None and ranks.is_first():
+                        self.stages.store(key, *stored)
+                    ranks.wait()
                     self.seconds[name] = time.monotonic() - began
-                    return data, tensors
+                    return stored or self._find(key)
         self.job.listen(Event(name, 1, 1, "stored result"))
         self.seconds[name] = 0.0
+        return stored or self._find(key)
+
+    def _find(self, key: str) -> Stored:
+        """What the first process stored."""
+        stored = self.stages.load(key)
+        if stored is None:
+            raise UsageError(
+                f"{self.stages.folder} lacks what the first process stored: point SPARSEC_CACHE to a folder all share"
+            )
         return stored
 
 

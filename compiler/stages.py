@@ -23,6 +23,8 @@ from sparsec.export.aside import filling, shared_scratch, sync, sync_folder
 from sparsec.layout import read_json
 from sparsec.plugins.auto import read_tensors, write_tensors
 
+Stored = tuple[Any, dict[str, Tensor]]  # JSON data and tensors of a stage
+
 
 class Stages:
     """Results by fingerprint below a folder."""
@@ -30,7 +32,7 @@ class Stages:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def load(self, fingerprint: str) -> tuple[Any, dict[str, Tensor]] | None:
+    def load(self, fingerprint: str) -> Stored | None:
         """JSON data and tensors of a stage, or None where it was not stored or its files are damaged."""
         place = self.folder / fingerprint
         if not place.is_dir():
@@ -43,7 +45,11 @@ class Stages:
 
     def scratch(self, fingerprint: str) -> AbstractContextManager[Path]:
         """A folder for what a stage wants to find again if it is stopped; a second compile of the stage waits."""
-        return shared_scratch(self.folder / f"{fingerprint}.unfinished")
+        return shared_scratch(self.place(fingerprint))
+
+    def place(self, fingerprint: str) -> Path:
+        """Where that folder is."""
+        return self.folder / f"{fingerprint}.unfinished"
 
     def store(self, fingerprint: str, data: Any, tensors: Mapping[str, Tensor]) -> None:
         """Keep a result. Two writers of one fingerprint have the same result, so the first may win."""

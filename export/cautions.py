@@ -126,10 +126,11 @@ def _split(plan: Plan, split: Mapping[str, Any], config: Mapping[str, Any], gate
         )
     if stage1["losses"] and stage1["kl_trained"] >= stage1["kl_closed_form"]:
         found.append("Training did not improve the indexers over their closed form: try another learning rate.")
-    if split["fit_context"] < split["readable"]:
+    seen = split["selector"]["contexts"]
+    if seen and seen[-1]["context"] < split["readable"]:
         found.append(
-            f"The model reads {count(split['readable'])} tokens; the indexers were fitted and measured on no more than "
-            f"{count(split['fit_context'])}. Indexers after RoPE find less beyond that: longer text, or fit_context."
+            f"The model reads {count(split['readable'])} tokens; the selectors were measured on no more than "
+            f"{count(seen[-1]['context'])}: longer calibration text would show the rest."
         )
     if split["window"] < PAPER_WINDOW:
         why = (

@@ -1,4 +1,4 @@
-"""The report's sections on what the passes measured: detection, indexers, sharing; selectors.py has theirs."""
+"""The report's sections on how heads were found and indexers fitted; selectors.py and patterns.py have theirs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsec.export import svg
-from sparsec.export.cautions import check_shown, noise
-from sparsec.export.page import caution, facts, figure, folded, heading, paragraph, section, table
+from sparsec.export.cautions import check_shown
+from sparsec.export.page import caution, facts, figure, heading, paragraph, section
 from sparsec.export.words import change, count, percent, plural
 
 
@@ -75,59 +75,3 @@ def stage1(split: Mapping[str, Any]) -> str:
             f"{count(fit['rows'])} rows of {plural(fit['windows'], 'window')}.",
         ),
     )
-
-
-def sharing(search: Mapping[str, Any], budget: float | None) -> str:
-    """The search for a sharing pattern. search: what indexcache measured; budget: the loss it was allowed."""
-    base, flips, layers = search["loss_before"], search["flips"], search["layers"]
-    done, plain = search["layer_evaluations"], search["layer_evaluations_plain"]
-    less = f" ({change(done / plain - 1, 0)})" if plain else ""
-    keys = [("full", "F: own indexer"), ("shared", "S: shared")]
-    caption = "The indexed layers by number; the line below shows who reads whose set."
-    return section(
-        "sharing",
-        "Sharing index sets between layers",
-        paragraph(
-            f"Layers marked S read the index set of the nearest F before them. {len(flips)} of {len(layers)} indexed "
-            f"layers were flipped from F to S, each time the one that hurts least: the loss went from {base:.4f} to "
-            f"{search['loss_after']:.4f} nats a token ({change(search['loss_after'] / base - 1)})."
-        ),
-        paragraph(search["pattern"], "mono"),
-        figure(svg.sharing(search["pattern"], layers), caption, keys),
-        *(_flips(search, budget) if flips else []),
-        paragraph(
-            f"{plural(search['candidates'], 'candidate')} tried in {count(done)} layer evaluations, where the plain "
-            f"search takes {count(plain)}{less}: what lies below a flipped layer is reused, with the same result."
-        ),
-    )
-
-
-def _flips(search: Mapping[str, Any], budget: float | None) -> list[str]:
-    base, chance = search["loss_before"], noise(search)
-    steps = [(flip["layer"], flip["loss"] / base - 1) for flip in search["flips"]]
-    trials = sorted((int(layer), loss / base - 1) for layer, loss in search["flips"][0]["trials"].items())
-    full = {layer for layer, letter in zip(search["layers"], search["pattern"], strict=True) if letter == "F"}
-    rows, before = [], 0.0
-    for number, (layer, loss) in enumerate(steps, start=1):
-        rows.append([str(number), str(layer), change(loss, 3), change(loss - before, 3)])
-        before = loss
-    keys = [("band", f"chance: some candidate lowered the loss by up to {percent(chance, 3)}")] if chance else []
-    if budget is not None:
-        keys.append(("warn", f"budget ({change(budget)})"))
-    label = f"Loss after each of {plural(len(steps), 'flip')}, relative to none; at the end {change(steps[-1][1])}"
-    return [
-        heading("Loss after each flip, against no sharing"),
-        figure(
-            svg.flips(steps, chance, budget, label),
-            "From left to right, the layers in the order in which they were flipped. The candidate with the lowest "
-            "loss is chosen on the text that it is measured on, so the curve is a little too good.",
-            keys,
-        ),
-        folded("The flips as a table", table(["flip", "layer", "loss", "by this flip"], rows, words=0)),
-        heading("Sensitivity: the loss when one layer alone is shared"),
-        figure(
-            svg.sensitivity(dict(trials), full, f"Loss when one layer is shared, {len(trials)} layers, first round"),
-            "The candidates of the first round.",
-            [("full", "kept its indexer"), ("shared", "ended up shared")],
-        ),
-    ]

@@ -12,7 +12,7 @@ import yaml
 
 from sparsec.export import svg
 from sparsec.export.cautions import cautions
-from sparsec.export.measured import detection, sharing, stage1
+from sparsec.export.measured import detection, stage1
 from sparsec.export.page import (
     caution,
     facts,
@@ -29,6 +29,7 @@ from sparsec.export.page import (
     title,
     verdict,
 )
+from sparsec.export.patterns import sharing
 from sparsec.export.repeated import chosen_prefill, repeats
 from sparsec.export.selectors import selectors
 from sparsec.export.training import pass_costs, training
@@ -140,7 +141,11 @@ def _text(measurements: Mapping[str, Any]) -> str:
         length, fit, seen = count(split["context"]), split["stage1"], split["selector"]["contexts"]
         used += [
             ["heads", "train", f"{plural(split['needles'], 'needle')} in contexts of {length} tokens"],
-            ["indexers", "train", _windows(fit["windows"], split["fit_context"], fit["rows"])],
+            [
+                "indexers",
+                "train",
+                f"{_windows(fit['windows'], split['context'], fit['rows'])}; positions up to {count(split['reach'])}",
+            ],
         ]
         if seen:
             lengths = ", ".join(count(one["context"]) for one in seen)

@@ -196,6 +196,22 @@ def sensitivity(changes: Mapping[int, float], kept: set[int], label: str) -> str
     return drawing(height + 22, label, parts, "curve")
 
 
+def heat(shares: Sequence[Sequence[float]], layers: Sequence[int], label: str) -> str:
+    """A square of shares from 0 to 1, layers across and down."""
+    cell = 18 if len(layers) <= 16 else 11
+    column = (100 - GUTTER) / len(layers)
+    parts = []
+    for down, row in enumerate(shares):
+        if down % (1 if cell == 18 else 2) == 0:
+            parts.append(_text(0, down * cell + cell * 0.75, str(layers[down])))
+        for across, value in enumerate(row):
+            note = f"layers {layers[down]} and {layers[across]}: {value:.2f}"
+            parts.append(_rect(GUTTER + across * column, down * cell, column * 0.96, cell - 1, "full", note, value))
+    y = len(layers) * cell + 12
+    parts += _axis([(GUTTER + (place + 0.5) * column, str(layer)) for place, layer in enumerate(layers)], y)
+    return drawing(y + 6, label, parts, "heat")
+
+
 class _Scale:
     """An upright axis that holds all finite ``values``, on ``height`` pixels; 18 stay free above for labels."""
 

@@ -65,6 +65,7 @@ class Pass(Strict):
     needs: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ()  # what the plan must have
     gives: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ()  # what the plan has afterwards
     trains: ClassVar[bool] = False  # changes base weights
+    parallel: ClassVar[bool] = False  # run() divides its work among processes (sparsec.calibrate.ranks)
 
     def tier_of_run(self) -> Tier:
         """What this configuration costs."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from sparsec.calibrate import ranks
 from sparsec.calibrate.distillation import Settings, distill, hold_out, precision
 from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.splits import Calibration
@@ -49,6 +50,7 @@ class Distill(Pass):
     after: ClassVar[tuple[str, ...]] = ("rtpurbo", "razor", "window", "indexcache")
     needs: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ("heads",)
     trains: ClassVar[bool] = True
+    parallel: ClassVar[bool] = True
 
     weights: Literal["lora", "all"] = Field(default="lora", description="low-rank additions, merged; or all weights")
     lora_rank: int = Field(default=64, ge=1, le=4096, description="of the additions")
@@ -174,12 +176,12 @@ class Distill(Pass):
         model = program.model
         file = program.scratch / "teacher.safetensors" if program.scratch else None
         owner = identity(model, tokens, self.top_k)
-        kept = read_top_k(file, owner) if file else None
+        kept = read_top_k(file, owner) if file and ranks.same(file.is_file()) else None
         if kept is not None:
             return kept
         found = top_k(
             model, tokens, self.top_k, self.micro_batch or self.batch, precision(model.device), program.listen
         )
-        if file is not None:
+        if file is not None and ranks.is_first():
             save_top_k(file, found, owner)
         return found

@@ -5,37 +5,51 @@ shared one whose loss is lowest, judged by the loss of the language model, first
 DSA models, where a layer has one index set. rtpurbo's indexers choose per head, so a layer's set is made the union
 over its retrieval heads first; that, and sharing such unions, is ours (no paper does it).
 
+Sets made for one layer fit others badly, so the kept indexers are then trained for all layers that read them
+(calibrate/shared_fit.py), as in the paper's training-aware variant; the model's own weights stay as they are.
+
 The loss is taken in the deployed decode regime. A candidate costs only the decode rows through the layers from the
 flipped one up: everything below is reused, and the pattern and losses are those of the plain search.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from sparsec.calibrate.fit_windows import FitText, fit_windows
+from sparsec.calibrate.indexer_fit import Forced
 from sparsec.calibrate.needles import needle_documents
-from sparsec.calibrate.replay import Replay, share, with_pattern
+from sparsec.calibrate.pattern_search import Goal, Order, Search, other_patterns, paired
+from sparsec.calibrate.replay import with_pattern
+from sparsec.calibrate.shared_fit import assigned, mean_multi_layer, readers, train_shared
 from sparsec.calibrate.splits import Calibration
-from sparsec.events import Event
-from sparsec.passes.base import Cost, Pass, PassResult, Program
+from sparsec.errors import PlanError
+from sparsec.passes.base import Cost, Pass, PassResult, Program, Tier
 from sparsec.plan import Plan
-from sparsec.plugins.runtime import applied, install, tensor_names
+from sparsec.plugins.runtime import applied, tensor_names
 
 
 class IndexCache(Pass):
     """Cross-layer index sharing; ``keep`` is a target, ``max_loss`` a budget, the search stops at the first."""
 
     name: ClassVar[str] = "indexcache"
-    tier: ClassVar[Literal["training-free"]] = "training-free"
-    summary: ClassVar[str] = "share index sets between layers, pattern by greedy search"
+    tier: ClassVar[Tier] = "minutes"
+    presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {
+        "training-free": {"steps": 0},
+        "minutes": {},
+        "hours": {"fit_windows": 16, "steps": 600},
+    }
+    summary: ClassVar[str] = "share index sets between layers: greedy search, then indexers trained for all they serve"
     source: ClassVar[str] = "IndexCache, arXiv 2603.12201"
     after: ClassVar[tuple[str, ...]] = ("rtpurbo",)
     needs: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ("indexers",)
     gives: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ("indexers",)
+    parallel: ClassVar[bool] = True
 
     keep: float | None = Field(default=0.25, gt=0, le=1, description="share of indexed layers that keep an indexer")
     max_loss: float | None = Field(
@@ -47,6 +61,21 @@ class IndexCache(Pass):
     documents: int = Field(default=2, ge=0, description="needle documents searched on beside them (ours)")
     needles: int = Field(default=4, ge=1, description="needles a document")
     needle_words: int = Field(default=24, ge=4, description="words a needle")
+    steps: int = Field(default=150, ge=0, description="training steps of kept indexers for all layers they serve")
+    lr: float = Field(default=2e-3, gt=0, description="its peak learning rate")
+    fit_windows: int = Field(default=4, ge=1, description="text windows it reads, and as many needle documents")
+    fit_rows: int = Field(default=512, ge=64, description="query rows sampled from each")
+    reach: int | None = Field(
+        default=None, ge=128, description="positions of its windows are stretched to so many tokens; null: all it reads"
+    )
+    order: Order = Field(
+        default="exact", description="lazy re-tries only candidates that were best before: an approximation, cheaper"
+    )
+    near_full: int = Field(default=1, ge=1, description="first indexed layers that keep their indexer")
+    stages: int = Field(
+        default=1, ge=1, description="pipeline stages; the first indexed layer of each keeps its indexer"
+    )
+    compare: bool = Field(default=True, description="also measure one-shot, uniform and overlap-ranked patterns")
     reuse: bool = Field(default=True, description="start candidates at the flipped layer; false: the plain search")
 
     @field_validator("keep", "max_loss", mode="before")
@@ -60,59 +89,119 @@ class IndexCache(Pass):
             raise ValueError("give keep (a target) or max_loss (a budget)")
         return self
 
+    def tier_of_run(self) -> Tier:
+        """The search alone trains nothing."""
+        return "minutes" if self.steps else "training-free"
+
     def run(self, program: Program, calibration: Calibration) -> PassResult:
-        """Search and apply the pattern. See :class:`sparsec.passes.base.Pass`."""
-        model, listen = program.model, program.listen
-        plan = with_pattern(program.plan, {i: program.plan.layers[i].index for i in program.plan.indexed()})
+        """Search a pattern, train the indexers that it keeps. See :class:`sparsec.passes.base.Pass`."""
+        model = program.model
+        every = program.plan.indexed()
+        plan = with_pattern(program.plan, {i: program.plan.layers[i].index for i in every})
         length = self.context or self._context(plan, int(model.config.max_position_embeddings))
         rows = min(self.rows, length // 2)
         windows = self._windows(plan, calibration, length, program.seed)
-        candidates = [i for i in plan.indexed() if plan.layers[i].index == "full"][1:]
-        target = self._target(len(plan.indexed()))
-        flips = max(0, 1 + len(candidates) - target)
-        total = sum(len(candidates) - i for i in range(flips))
+        state = program.scratch / "search.json" if program.scratch else None
+        full = self._target(len(every))
         with applied(model, plan, program.tensors):
-            replays = [Replay(model, window, length - rows) for window in windows]
-            base = _mean(replay.losses for replay in replays)
-            done, plain = 0, len(windows) * plan.model.layers
-            loss, history, stopped = base, [], "target"
-            listen(Event("search sharing pattern", 0, total))
-            for _ in range(flips):
-                trials: dict[int, float] = {}
-                for layer in candidates:
-                    install(model, share(plan, layer), _needed(share(plan, layer), program.tensors))
-                    runs = [replay.run(layer if self.reuse else 0)[0] for replay in replays]
-                    trials[layer] = _mean(runs)
-                    done, plain = done + 1, plain + len(windows) * plan.model.layers
-                    listen(Event("search sharing pattern", done, total))
-                best = min(candidates, key=lambda layer: (trials[layer], layer))
-                if self.max_loss is not None and trials[best] > base * (1 + self.max_loss):
-                    stopped = "budget"
-                    break
-                plan, loss = share(plan, best), trials[best]
-                candidates.remove(best)
-                install(model, plan, _needed(plan, program.tensors))
-                for replay in replays:
-                    replay.accept(best)
-                history.append({"layer": best, "loss": loss, "trials": {str(i): t for i, t in trials.items()}})
-                listen(Event("search sharing pattern", done, total, f"{plan.pattern} {loss / base - 1:+.2%}"))
-            listen(Event("search sharing pattern", total, total))
+            search = Search(model, plan, program.tensors, windows, length - rows, self.reuse, program.listen, state)
+            search.run(Goal(full, self.max_loss, self._fixed(plan), self.order))
+            others = self._others(search, plan)
+        flips, plan = search.flips, search.plan
+        tensors = _needed(plan, program.tensors)
         measured = {
             "pattern": plan.pattern,
             "layers": list(plan.indexed()),
-            "loss_before": base,
-            "loss_after": loss,
-            "flips": history,
-            "stopped": stopped,
-            "candidates": done,
-            "layer_evaluations": sum(replay.evaluated for replay in replays),
-            "layer_evaluations_plain": plain,
+            "loss_before": search.base,
+            "loss_after": flips[-1]["loss"] if flips else search.base,
+            "flips": flips,
+            "stopped": search.stopped,
+            "order": self.order,
+            "overlap": [[round(value, 4) for value in row] for row in search.overlap],
+            "others": others,
+            "candidates": search.work.candidates,
+            "layer_evaluations": search.work.layers,
+            "layer_evaluations_plain": search.work.layers_plain,
+            "layer_tokens": search.work.tokens,
+            "layer_tokens_plain": search.work.tokens_plain,
             "windows": self.windows,
             "documents": self.documents,
             "context": length,
             "rows": rows,
         }
-        return PassResult(plan, _needed(plan, program.tensors), measured)
+        if self.steps and "S" in plan.pattern:
+            tensors, measured["trained"] = self._train(program, calibration, plan, tensors, length)
+        return PassResult(plan, tensors, measured)
+
+    def _fixed(self, plan: Plan) -> frozenset[int]:
+        """Layers that keep their indexer: the first ones, and the first indexed one of every pipeline stage."""
+        every = plan.indexed()
+        starts = stage_starts(plan.model.layers, self.stages)
+        first = [
+            next((i for i in every if begin <= i < end), None) for begin, end in pairwise([*starts, plan.model.layers])
+        ]
+        return frozenset(every[: self.near_full]) | {i for i in first if i is not None}
+
+    def _others(self, search: Search, plan: Plan) -> dict[str, Any]:
+        """One-shot, uniform and overlap-ranked patterns with as many indexers, on the same rows: paired differences."""
+        if not search.flips or not self.compare:
+            return {}
+        mine = search.losses(search.plan)
+        found = {}
+        full = search.plan.pattern.count("F")
+        for name, other in other_patterns(plan, full, search.flips, search.overlap).items():
+            theirs = search.losses(other)
+            difference, error = paired(theirs, mine)
+            found[name] = {"pattern": other.pattern, "loss": float(theirs.mean()), "above": difference, "error": error}
+        return found
+
+    def _train(
+        self, program: Program, calibration: Calibration, plan: Plan, tensors: dict[str, Tensor], length: int
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Kept indexers for all layers they serve, and what it brought."""
+        selector, window, model = plan.selector, plan.window, program.model
+        assert selector is not None
+        readable = int(model.config.max_position_embeddings)
+        text = FitText(
+            windows=self.fit_windows,
+            context=length,
+            reach=max(length, min(readable, self.reach or readable)),
+            local=window.size if window else length // 4,
+            sinks=window.sinks if window else selector.sinks,
+            needles=self.needles,
+            words=self.needle_words,
+            rows=self.fit_rows,
+            mined=0,
+            seed=program.seed + 2,
+        )
+        forced = Forced(selector.sinks, selector.recent)
+        heads = {i: plan.layers[i].retrieval for i in plan.indexed()}
+        windows = fit_windows(
+            model, plan, heads, calibration, text,
+            rope=selector.rope, forced=forced, listen=program.listen, stage="capture for shared indexers",
+        )  # fmt: skip
+        names = {
+            i: tuple(f"model.layers.{i}.self_attn.indexer.{part}.weight" for part in ("q_proj", "k_proj"))
+            for i in readers(plan)
+        }
+        weights = {i: (tensors[q].to(model.device), tensors[k].to(model.device)) for i, (q, k) in names.items()}
+        served = assigned(windows, weights, plan, forced)
+        before = mean_multi_layer(windows, weights, served, forced)
+        weights, losses = train_shared(
+            windows, weights, served,
+            forced=forced, steps=self.steps, lr=self.lr, seed=program.seed, listen=program.listen,
+        )  # fmt: skip
+        trained = {
+            name: weight.cpu() for i, pair in weights.items() for name, weight in zip(names[i], pair, strict=True)
+        }
+        return trained, {
+            "kl_before": before,
+            "kl_trained": mean_multi_layer(windows, weights, served, forced),
+            "losses": [round(loss, 5) for loss in losses],
+            "windows": self.fit_windows,
+            "rows": self.fit_rows,
+            "serves": {str(i): [layer for layer in layers if layer != i] for i, layers in readers(plan).items()},
+        }
 
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """About half of a forward of the decode rows for every candidate, and the prompts once."""
@@ -157,9 +246,18 @@ class IndexCache(Pass):
         return max(1, round(self.keep * indexed)) if self.keep is not None else 1
 
 
-def _mean(losses: Any) -> float:
-    """Mean over all rows of all windows, in double: the order of summation must not decide a tie."""
-    return float(torch.cat([part.double() for part in losses]).mean())
+def stage_starts(layers: int, stages: int) -> list[int]:
+    """First layers of pipeline stages as vLLM divides them: equal parts, what is left goes to those before the last.
+
+    Raises:
+        PlanError: there are more stages than layers.
+    """
+    if stages > layers:
+        raise PlanError(f"indexcache.stages is {stages}, the model has {layers} layers: lower it")
+    sizes = [layers // stages] * stages
+    for number in range(layers % stages):
+        sizes[-2 - number if stages > 1 else -1] += 1
+    return [sum(sizes[:number]) for number in range(stages)]
 
 
 def _needed(plan: Plan, tensors: Any) -> dict[str, Tensor]:

@@ -14,23 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from sparsec.calibrate.decode import decode_rows
 from sparsec.calibrate.decode_bytes import break_even, resident_bytes
-from sparsec.calibrate.indexer_fit import (
-    Forced,
-    closed_form,
-    mean_kl,
-    needle_rows,
-    sample_window,
-    text_rows,
-    train,
-)
-from sparsec.calibrate.indexer_fit import Window as SampledWindow
-from sparsec.calibrate.needles import NeedleDocument, needle_documents
+from sparsec.calibrate.fit_windows import FitText, fit_windows
+from sparsec.calibrate.indexer_fit import Forced, closed_form, mean_kl, train
+from sparsec.calibrate.needles import needle_documents
 from sparsec.calibrate.prefill_quality import prefill_quality
 from sparsec.calibrate.retrieval_heads import needle_mass
 from sparsec.calibrate.selector_stats import SelectorStats
@@ -50,7 +41,7 @@ from sparsec.passes.split import (
 from sparsec.plan import Plan, Selector, Window
 from sparsec.plugins.runtime import applied
 
-LONGEST = 16384  # tokens that selectors are fitted and measured on at a time, unless asked for: memory grows with them
+LONGEST = 16384  # tokens that selectors are measured on at most
 BY_CONTEXT = ("recall_mean", "recall_p5", "far_mean", "kept_mean", "kept_p95", "oracle_recall_mean", "oracle_kept_mean")
 
 
@@ -62,7 +53,7 @@ class Rtpurbo(Pass):
     presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {
         "training-free": {"steps": 0},
         "minutes": {},
-        "hours": {"windows": 6, "steps": 600},
+        "hours": {"windows": 16, "steps": 600},
     }
     summary: ClassVar[str] = "keep retrieval heads with low-rank indexers, window the other heads"
     source: ClassVar[str] = "RTPurbo, arXiv 2605.16928"
@@ -90,20 +81,18 @@ class Rtpurbo(Pass):
     query_block: int = Field(default=64, ge=1, le=1024, description="prompt rows that choose key blocks together")
     forced_recent: int = Field(default=64, ge=0, description="latest tokens that retrieval heads always keep (ours)")
     min_keep: int = Field(default=64, ge=0, description="unforced tokens kept at least (ours); the paper's block is 64")
-    context: int | None = Field(default=None, ge=128, description="tokens of what heads are found on; null: 4 windows")
+    context: int | None = Field(default=None, ge=128, description="tokens a calibration window; null: 4 windows")
     documents: int = Field(default=8, ge=2, description="documents that needles are hidden in")
     needles: int = Field(default=4, ge=1, description="needles a document")
     needle_words: int = Field(default=24, ge=4, description="words a needle")
     target: Literal["lumped", "all"] = Field(
         default="lumped", description="stage-1 target: forced tokens as one outcome (ours), or each by itself (paper)"
     )
-    fit_context: int | None = Field(
-        default=None,
-        ge=128,
-        description="tokens a window of stage 1; null: context if set, else what the model reads, at most 16384, "
-        "as far as the text has it",
+    reach: int | None = Field(
+        default=None, ge=128, description="tokens that indexers are fitted for, and measured on; null: all it reads"
     )
-    windows: int = Field(default=2, ge=1, description="text windows, and as many needle documents, of stage 1")
+    stretch: bool = Field(default=True, description="positions of stage-1 windows go up to reach, with jumps (ours)")
+    windows: int = Field(default=4, ge=1, description="text windows, and as many needle documents, of stage 1")
     rows: int = Field(default=512, ge=64, description="query rows sampled from each")
     mined: int = Field(default=256, ge=0, description="more rows of each, those with the sharpest far attention (ours)")
     steps: int = Field(default=150, ge=0, description="stage-1 steps of 64 rows (the paper: 600 of one sequence each)")
@@ -117,19 +106,40 @@ class Rtpurbo(Pass):
         window = self.window_for(readable)
         context = self.context or min(readable, 4 * window)
 
-        documents = self._documents(calibration, context, window, self.documents, program.seed)
+        documents = needle_documents(
+            calibration,
+            split="train",
+            count=self.documents,
+            length=context,
+            window=window,
+            sinks=self.sinks,
+            needles_per_document=self.needles,
+            words=self.needle_words,
+            seed=program.seed,
+        )
         scores = needle_mass(model, documents, plan.model, listen)
         heads, measured = self._partition(scores, plan, allowed)
         listen(Event("detect retrieval heads", note=f"kept {sum(map(len, heads.values()))} heads"))
-        farthest = self.context or min(readable, LONGEST)
-        fit = self.fit_context or max(context, calibration.longest("train", farthest, self.windows))
-        measured |= {"window": window, "context": context, "fit_context": fit, "readable": readable}
+        reach = max(context, min(readable, self.reach or readable))
+        measured |= {"window": window, "context": context, "reach": reach, "readable": readable}
         sized = Window(size=window, sinks=self.sinks)
         measured["causal_check"] = causal_check(program, documents[:3], heads, allowed, sized, self.min_context)
 
         split = self._split(plan, heads, window)
-        samples = self._samples(program, calibration, split, heads, fit, window)
         forced = Forced(self.sinks, self.forced_recent, lump=self.target == "lumped")
+        text = FitText(
+            windows=self.windows,
+            context=context,
+            reach=reach if self.stretch else context,
+            local=window,
+            sinks=self.sinks,
+            needles=self.needles,
+            words=self.needle_words,
+            rows=self.rows,
+            mined=self.mined,
+            seed=program.seed,
+        )
+        samples = fit_windows(model, split, heads, calibration, text, rope=self.rope, forced=forced, listen=listen)
         weights = {}
         for layer in tracked(list(heads), "closed form", listen, len(heads)):
             weights[layer] = closed_form([sample[layer] for sample in samples], self.rank, forced)
@@ -154,41 +164,25 @@ class Rtpurbo(Pass):
             for layer, pair in weights.items()
             for part, weight in zip(("q_proj", "k_proj"), pair, strict=True)
         }
-        measured["selector"] = self._selector(program, calibration, split, tensors, farthest)
+        measured["selector"] = self._selector(program, calibration, split, tensors, min(reach, LONGEST))
         if self.prefill == "selector":
-            measured["prefill"] = self._prefill(program, calibration, split, tensors, farthest)
+            measured["prefill"] = self._prefill(program, calibration, split, tensors, min(reach, LONGEST))
         return PassResult(split, tensors, measured)
 
     def cost(self, plan: Plan, max_positions: int) -> Cost:
-        """Detection and two causal checks are forwards; so are captures and measurements, of longer windows."""
+        """Detection, two causal checks and captures are forwards, and so are measurements, of longer windows."""
         context = self.context or min(max_positions, 4 * self.window_for(max_positions))
-        fit = self.fit_context or self.context or min(max_positions, LONGEST)
-        far = self.context or min(max_positions, LONGEST)
-        found = (self.documents + 2 * 3) * context
-        fitted = 2 * self.windows * fit + (2 + 4 * (self.prefill == "selector")) * far
+        far = min(max_positions, self.reach or LONGEST, LONGEST)
+        forwards = (self.documents + 2 * 3 + 2 * self.windows) * context
+        measured = (2 + 4 * (self.prefill == "selector")) * far
         kept = round(self.ratio * plan.model.layers * plan.model.heads)
-        resident = 2 * self.windows * kept * (2 * self.rows + 2 * fit) * plan.model.head_dim * 4
+        resident = 2 * self.windows * kept * (2 * self.rows + 2 * context) * plan.model.head_dim * 4
         # A training step is a few matrix products of rows x context x head_dim a head: small beside a forward.
-        return Cost(tokens=found + fitted + self.steps * fit // 32, resident=resident)
+        return Cost(tokens=forwards + measured + self.steps * context // 32, resident=resident)
 
     def window_for(self, readable: int) -> int:
         """The paper's 8192 belongs to models that read 128K and more: scaled to 1/16 of what this one reads."""
         return scaled_window(self.window, readable)
-
-    def _documents(
-        self, calibration: Calibration, length: int, window: int, count: int, seed: int
-    ) -> list[NeedleDocument]:
-        return needle_documents(
-            calibration,
-            split="train",
-            count=count,
-            length=length,
-            window=window,
-            sinks=self.sinks,
-            needles_per_document=self.needles,
-            words=self.needle_words,
-            seed=seed,
-        )
 
     def _partition(self, scores: Tensor, plan: Plan, allowed: Tensor) -> tuple[Heads, dict[str, Any]]:
         """Global over layers, by query head or by KV head (a group is as good as its best head)."""
@@ -222,38 +216,11 @@ class Rtpurbo(Pass):
         sized = Window(size=window, sinks=self.sinks)
         return split_plan(plan, heads, sized, self.min_context, index="full", selector=selector)
 
-    def _samples(
-        self, program: Program, calibration: Calibration, split: Plan, heads: Heads, context: int, window: int
-    ) -> list[SampledWindow]:
-        """Text windows and needle documents in turn; other needles than those that heads were detected with."""
-        generator = torch.Generator().manual_seed(program.seed)
-        texts = calibration.windows("train", context, self.windows, seed=program.seed)
-        documents = self._documents(calibration, context, window, self.windows, program.seed + 1)
-        wanted = []
-        for text, document in zip(texts, documents, strict=True):
-            wanted.append((text, text_rows(context, window, self.rows, generator)))
-            wanted.append((document.tokens, needle_rows(document, window, self.rows, generator)))
-        forced = Forced(self.sinks, self.forced_recent)
-        return [
-            sample_window(
-                program.model,
-                split,
-                heads,
-                tokens,
-                at,
-                rope=self.rope,
-                mined=self.mined,
-                forced=forced,
-                generator=generator,
-            )
-            for tokens, at in tracked(wanted, "capture attention", program.listen, len(wanted))
-        ]
-
     def _selector(
-        self, program: Program, calibration: Calibration, plan: Plan, tensors: dict[str, Tensor], context: int
+        self, program: Program, calibration: Calibration, plan: Plan, tensors: dict[str, Tensor], reach: int
     ) -> dict[str, Any]:
         """Mass recall, tokens kept and bytes on text that no training saw, in decode rows, at three contexts."""
-        longest = max(128, min(context, calibration.longest("search", context)))
+        longest = max(128, calibration.longest("search", reach))
         lengths = [longest // 4, longest // 2, longest]
         found = []
         with applied(program.model, plan, tensors):
@@ -278,9 +245,9 @@ class Rtpurbo(Pass):
         }
 
     def _prefill(
-        self, program: Program, calibration: Calibration, plan: Plan, tensors: dict[str, Tensor], context: int
+        self, program: Program, calibration: Calibration, plan: Plan, tensors: dict[str, Tensor], reach: int
     ) -> dict[str, Any]:
         """What prompt rows that choose cost, on the same text as the selectors."""
-        longest = max(128, min(context, calibration.longest("search", context, 2)))
+        longest = max(128, calibration.longest("search", reach, 2))
         windows = calibration.windows("search", longest, 2, seed=program.seed)
         return prefill_quality(program.model, plan, tensors, calibration.tokenizer, list(windows), program.listen)

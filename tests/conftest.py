@@ -8,9 +8,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -113,7 +114,15 @@ TINY_OPTIONS: dict[str, dict[str, Any]] = {
         "rows": 128,
         "steps": 4,
     },
-    "indexcache": {"context": 320, "needles": 2, "needle_words": 4, "rows": 128},
+    "indexcache": {
+        "context": 320,
+        "needles": 2,
+        "needle_words": 4,
+        "rows": 128,
+        "steps": 4,
+        "fit_windows": 1,
+        "fit_rows": 128,
+    },
     "gate": {"context": 256, "max_loss": 1},
 }
 
@@ -207,6 +216,7 @@ class Commands:
         stdin: str | bytes = "",
         file_size: int = 0,
         stderr: str = "",
+        env: Mapping[str, str] = MappingProxyType({}),
     ) -> Running:
         """Start a command in an empty folder.
 
@@ -216,6 +226,7 @@ class Commands:
             stdin: what it reads.
             file_size: bytes that it may write into one file; 0 is no limit.
             stderr: a terminal's name, to be written to in place of a file.
+            env: environment variables beside the usual ones.
         """
         self.number += 1
         folder = self.folder / f"command{self.number}"
@@ -226,7 +237,7 @@ class Commands:
         answer = self._ask(
             argv=[str(part) for part in argv],
             cwd=str(folder),
-            env={"SPARSEC_CACHE": str(cache or self.cache)},
+            env={"SPARSEC_CACHE": str(cache or self.cache), **env},
             file_size=file_size,
             **streams | ({"stderr": stderr} if stderr else {}),
         )

@@ -27,7 +27,7 @@ RECIPE = {
     "passes": {
         "rtpurbo": {
             "window": 128, "context": 768, "documents": 4, "needles": 3, "needle_words": 16,
-            "windows": 2, "rows": 256, "mined": 128, "steps": 120,
+            "windows": 2, "rows": 256, "mined": 128, "steps": 120, "reach": 2048,
         },
         "indexcache": {"context": 768, "rows": 128, "windows": 1, "documents": 1, "needles": 3, "needle_words": 16},
     },

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsec.calibrate.capture import Captured, capture
 from sparsec.calibrate.decode import decode_rows
+from sparsec.calibrate.fit_windows import JUMPS, stretched, text_rows
 from sparsec.calibrate.indexer_fit import (
     Forced,
     LayerSample,
@@ -18,13 +20,14 @@ from sparsec.calibrate.indexer_fit import (
     kl,
     mean_kl,
     sample_window,
-    text_rows,
+    scores,
     train,
 )
 from sparsec.calibrate.needles import NeedleDocument
 from sparsec.calibrate.replay import Replay, share, with_pattern
 from sparsec.calibrate.retrieval_heads import needle_mass, stability, top_heads
 from sparsec.calibrate.selector_stats import SelectorStats
+from sparsec.calibrate.shared_fit import assigned, mean_multi_layer, multi_layer_loss, readers, train_shared
 from sparsec.events import silent
 from sparsec.plan import Plan
 from sparsec.plugins.families import shape_of
@@ -169,6 +172,94 @@ def test_mined_rows_are_those_with_the_sharpest_far_attention(model: Any, tokens
         peaks = {row: peak(everything, row) for row in everything.rows.tolist()}
         best = sorted(peaks, key=lambda row: -peaks[row])[:10]
         assert added <= set(best)
+
+
+def test_stretched_positions_reach_the_end_in_a_few_jumps() -> None:
+    for seed in range(20):
+        found = stretched(100, 1000, torch.Generator().manual_seed(seed))
+        steps = found.diff()
+        assert (int(found[0]), int(found[-1])) == (0, 999)
+        assert int(steps.min()) >= 1
+        assert 1 <= int((steps > 1).sum()) <= JUMPS
+
+
+def test_a_text_with_jumps_is_one_sequence_at_those_positions(model: Any, tokens: Tensor) -> None:
+    positions = stretched(96, 256, torch.Generator().manual_seed(0))
+    seen: list[Captured] = []
+    capture(model, tokens[None], seen.append, positions)
+    for each in seen:
+        k, v = (x.repeat_interleave(2, 1) for x in (each.k, each.v))
+        logits = each.q @ k.transpose(-1, -2) * each.scale
+        weights = logits.masked_fill(torch.ones(96, 96).triu(1).bool(), float("-inf")).softmax(-1)
+        torch.testing.assert_close(each.output, (weights @ v).transpose(1, 2), atol=1e-5, rtol=1e-4)
+    cos, sin = model.model.rotary_emb(seen[0].q, positions[None])
+    torch.testing.assert_close(seen[0].rope[0], cos)
+    torch.testing.assert_close(seen[0].rope[1], sin)
+
+
+# Indexers that serve several layers ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared(model: Any, tokens: Tensor) -> tuple[list[dict[int, LayerSample]], Plan, dict[int, tuple[Tensor, Tensor]]]:
+    """Layer 0 serves 1 and 3, layer 2 itself alone; two retrieval heads each."""
+    plan = with_pattern(plan_of(model), {0: "full", 1: "shared", 2: "full", 3: "full"})
+    plan = plan.edit(layers=[{"heads": (1, 0, 0, 1), "index": index} for index in ("full", "shared", "shared", "full")])
+    generator = torch.Generator().manual_seed(0)
+    heads = dict.fromkeys(range(4), (0, 3))
+    rows = text_rows(96, 16, 64, generator)
+    window = sample_window(
+        model, plan, heads, tokens, rows, rope="post", mined=0, forced=Forced(1, 4), generator=generator
+    )
+    weights = {i: closed_form([window[i]], 8, Forced(1, 4)) for i in (0, 3)}
+    return [window], plan, weights
+
+
+@pytest.mark.parametrize("lump", [False, True])
+def test_the_multi_layer_loss_has_the_gradient_of_the_mean_target(lump: bool, shared: Any) -> None:
+    (window,), plan, weights = shared
+    forced = Forced(2, 5, lump)
+    served = assigned([window], weights, plan, forced)
+    assert readers(plan) == {0: [0, 1, 2], 3: [3]}
+    wq, wk = (w.clone().requires_grad_() for w in weights[0])
+    multi_layer_loss(window, (wq, wk), served[0], 0, 0, forced).backward()
+
+    again = [w.detach().clone().requires_grad_() for w in (wq, wk)]
+    said = scores(window[0], *again, 0)
+    rows = window[0].rows[:64]
+    seen = torch.arange(96)[None] <= rows[:, None]
+    held = forced.mask(rows, 96) if lump else torch.zeros(len(rows), 96, dtype=torch.bool)
+    total = torch.zeros(())
+    for row in range(2):
+        targets = [
+            (sample.q[head, :64] @ sample.k[head].T * sample.scale).masked_fill(~seen, float("-inf")).softmax(-1)
+            for layer, owners in served[0].items()
+            for sample in [window[layer]]
+            for head in range(2)
+            if int(owners[head]) == row
+        ]
+        mean = torch.stack(targets).mean(0)
+        s = said[row].masked_fill(~seen, float("-inf")).softmax(-1)
+        parts = [(mean.masked_fill(held, 0.0), s.masked_fill(held, 0.0))]
+        if lump:
+            parts.append(((mean * held).sum(-1, keepdim=True), (s * held).sum(-1, keepdim=True)))
+        for p, q in parts:
+            each = torch.where(p > 0, p * (p.clamp_min(1e-30).log() - q.clamp_min(1e-30).log()), 0.0)
+            total = total + len(targets) * each.sum(-1).mean()
+    total.backward()
+    torch.testing.assert_close(again[0].grad, wq.grad, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(again[1].grad, wk.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_training_shared_indexers_lowers_what_they_miss_of_all_they_serve(shared: Any) -> None:
+    windows, plan, weights = shared
+    forced = Forced(1, 4)
+    served = assigned(windows, weights, plan, forced)
+    before = mean_multi_layer(windows, weights, served, forced)
+    trained, losses = train_shared(windows, weights, served, forced=forced, steps=60, lr=5e-3, seed=0, listen=silent)
+    assert len(losses) == 60
+    assert trained.keys() == {0, 3}
+    assert mean_multi_layer(windows, trained, served, forced) < 0.9 * before
 
 
 # Decode rows -----------------------------------------------------------------------------------------------------

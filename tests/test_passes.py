@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.splits import Calibration
@@ -266,120 +266,11 @@ class TestDeclared:
         assert "\n" not in str(caught.value)
 
 
-# Sharing patterns
-
-INDEXED = (0, 2, 3, 5, 6, 7)
-
-
-@pytest.fixture(scope="module")
-def indexed(make_checkpoint: Callable[..., Path]) -> Program:
-    """8 layers, 6 of them with indexers of random numbers."""
-    folder = make_checkpoint(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=8,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-        )
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    plan = Plan.dense(shape_of(model.config), "test").edit(
-        window={"size": 32, "sinks": 4},
-        selector={"rank": 4, "rope": "pre", "top_p": 0.5, "granularity": "token", "block": 64, "sinks": 2, "recent": 4},
-        layers=[
-            {"heads": [1, 0, 0, i % 2], "index": "full"} if i in INDEXED else {"heads": [0, 0, 0, 0]} for i in range(8)
-        ],
-    )
-    torch.manual_seed(0)  # drawn so that sharing first helps and then hurts, as a budget needs it
-    tensors = {name: torch.randn(size) for name, size in tensor_names(plan).items()}
-    return Program(model, plan, tensors, seed=0)
-
-
-def search(make: Callable[..., Pass], program: Program, calibration: Calibration, **options: Any) -> PassResult:
-    return make("indexcache", windows=1, documents=1, rows=64, **options).run(program, calibration)
-
-
-def test_reuse_changes_nothing_but_the_work(
-    make: Callable[..., Pass], indexed: Program, calibration: Calibration
+def test_heads_are_split_once(
+    make: Callable[..., Pass], prepared: Callable[[str], Program], calibration: Calibration
 ) -> None:
-    quick = search(make, indexed, calibration, keep=0.3)
-    plain = search(make, indexed, calibration, keep=0.3, reuse=False)
-    assert quick.plan == plain.plan
-    work = ("layer_evaluations", "layer_evaluations_plain")
-    # Losses to the last bit: a candidate that is rounded otherwise could be another one's equal.
-    assert {k: v for k, v in quick.measured.items() if k not in work} == {
-        k: v for k, v in plain.measured.items() if k not in work
-    }
-    assert len({loss for flip in quick.measured["flips"] for loss in flip["trials"].values()}) > 6
-    assert quick.measured["layer_evaluations"] <= 0.6 * plain.measured["layer_evaluations"]
-    assert quick.measured["layer_evaluations_plain"] <= plain.measured["layer_evaluations"]
-
-
-@pytest.mark.parametrize(("keep", "full"), [(0.01, 1), (0.3, 2), (0.5, 3), (1.0, 6)])
-def test_a_target_is_met_and_the_first_indexed_layer_stays_full(
-    make: Callable[..., Pass], indexed: Program, calibration: Calibration, keep: float, full: int
-) -> None:
-    result = search(make, indexed, calibration, keep=keep)
-    assert result.plan.pattern.count("F") == full
-    assert result.plan.pattern[0] == "F"
-    assert result.plan.indexed() == INDEXED
-    assert result.measured["stopped"] == "target"
-    assert set(result.tensors) == set(tensor_names(result.plan))
-    assert all(same(tensor, indexed.tensors[name]) for name, tensor in result.tensors.items())
-
-
-def test_every_flip_is_the_one_of_the_lowest_loss(
-    make: Callable[..., Pass], indexed: Program, calibration: Calibration
-) -> None:
-    flips = search(make, indexed, calibration, keep=0.3).measured["flips"]
-    left = set(INDEXED[1:])
-    for flip in flips:
-        assert {int(layer) for layer in flip["trials"]} == left
-        assert flip["loss"] == min(flip["trials"].values()) == flip["trials"][str(flip["layer"])]
-        left.remove(flip["layer"])
-
-
-def test_a_budget_is_kept(make: Callable[..., Pass], indexed: Program, calibration: Calibration) -> None:
-    free = search(make, indexed, calibration, keep=None, max_loss=10).measured
-    assert free["pattern"] == "FSSSSS"
-    rises = [flip["loss"] / free["loss_before"] - 1 for flip in free["flips"]]
-    assert max(rises) > 0  # else this tests nothing
-    for allowed in (0.0, max(rises) / 2):
-        found = search(make, indexed, calibration, keep=None, max_loss=allowed).measured
-        assert found["loss_after"] <= found["loss_before"] * (1 + allowed)
-        kept = [flip["loss"] <= free["loss_before"] * (1 + allowed) for flip in free["flips"]]
-        assert len(found["flips"]) == kept.index(False)
-        assert found["flips"] == free["flips"][: len(found["flips"])]
-        assert found["stopped"] == "budget"
-
-
-def test_one_indexed_layer_has_nothing_to_share(
-    make: Callable[..., Pass], indexed: Program, calibration: Calibration
-) -> None:
-    layers = [layer.model_dump() for layer in indexed.plan.layers]
-    plan = indexed.plan.edit(layers=[{"heads": layer["heads"]} if i else layer for i, layer in enumerate(layers)])
-    only = {name: indexed.tensors[name] for name in tensor_names(plan)}
-    result = search(make, Program(indexed.model, plan, only), calibration)
-    assert result.plan.pattern == "F"
-    assert result.measured["flips"] == []
-
-
-def test_neither_target_nor_budget_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="give keep"):
-        make_passes({"rtpurbo": {}, "indexcache": {"keep": None}})
-
-
-@pytest.mark.parametrize(("given", "share"), [("25%", 0.25), ("0.5%", 0.005), (0.25, 0.25)])
-def test_shares_may_be_percents(given: Any, share: float) -> None:
-    made: Any = make_passes({"rtpurbo": {}, "indexcache": {"keep": given, "max_loss": given}})[1]
-    assert (made.keep, made.max_loss) == (share, share)
-
-
-def test_heads_are_split_once(make: Callable[..., Pass], indexed: Program, calibration: Calibration) -> None:
     with pytest.raises(PlanError, match="already has local heads: run it first"):
-        make("rtpurbo").run(indexed, calibration)
+        make("rtpurbo").run(prepared("indexcache"), calibration)
 
 
 def test_whole_kv_heads_are_kept_or_freed(

@@ -172,7 +172,7 @@ def _split_measured() -> dict[str, Any]:
         "possible_heads": 24,
         "window": 512,
         "context": 2048,
-        "fit_context": 2048,
+        "reach": 2048,
         "readable": 2048,
         "causal_check": {"heads": 6, "dense": 0.95, "tokens": 276, "kept_heads_local": 0.01, "random_heads_local": 0.7},
         "stage1": {"kl_closed_form": 2.4, "kl_trained": 0.6, "losses": [2.0, 1.5, 0.9, 0.7], "windows": 8, "rows": 512},
@@ -195,17 +195,30 @@ def _search_measured() -> dict[str, Any]:
         "loss_before": 2.0,
         "loss_after": 2.01,
         "flips": [
-            {"layer": 3, "loss": 2.004, "trials": {"3": 2.004, "4": 2.02, "5": 2.008}},
+            {"layer": 3, "loss": 2.004, "trials": {"3": 2.004, "4": 2.02, "5": 2.008}}
+            | {"second": 5, "margin": 0.004, "error": 0.003},
             {"layer": 5, "loss": 2.01, "trials": {"4": 2.03, "5": 2.01}},
         ],
         "stopped": "target",
         "candidates": 5,
         "layer_evaluations": 40,
         "layer_evaluations_plain": 100,
+        "layer_tokens": 9000,
+        "layer_tokens_plain": 400000,
+        "order": "exact",
+        "others": {
+            name: {"pattern": "FSFS", "loss": 2.02, "above": 0.01, "error": error}
+            for name, error in (("one-shot", 0.002), ("uniform", 0.02), ("overlap", 0.004))
+        },
+        "overlap": [[1.0 if i == j else 0.4 for j in range(4)] for i in range(4)],
         "windows": 3,
         "context": 2048,
         "rows": 256,
-    }
+        "trained": {
+            "kl_before": 1.4, "kl_trained": 0.5, "losses": [1.3, 0.8, 0.5], "windows": 4, "rows": 512,
+            "serves": {"1": [3], "4": [5]},
+        },
+    }  # fmt: skip
 
 
 def _training_measured() -> dict[str, Any]:
@@ -310,6 +323,8 @@ def test_drawings_are_xml_with_a_label_and_finite_places(made: Callable[..., Inp
         "scatter",
         "sharing",
         "curve",
+        "curve",
+        "heat",
         "curve",
     ]
     for tree in found.values():

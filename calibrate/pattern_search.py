@@ -1,0 +1,259 @@
+"""Greedy search for the layers that share index sets: IndexCache, Algorithm 1, at the price of what a flip changes.
+
+IndexCache (arXiv 2603.12201): start with an indexer in every layer; again and again turn the layer into a shared one
+whose loss is lowest, first layer excepted. A candidate here costs the decode rows through the layers from the flipped
+one up (replay.py), which is the plain search's result exactly. ``lazy`` re-ranks only the candidates that were best
+before: an approximation, exact where the rise of a flip never shrinks by flips made earlier.
+
+Windows are divided among processes; losses are put back in order before they are averaged, in double precision, so the
+pattern does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparsec.calibrate import ranks
+from sparsec.calibrate.replay import Replay, share, with_pattern
+from sparsec.errors import ArtifactError
+from sparsec.events import Event, Listener
+from sparsec.layout import read_json
+from sparsec.plan import Plan
+from sparsec.plugins.runtime import install, tensor_names
+
+STAGE = "search sharing pattern"
+Order = Literal["exact", "lazy"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """When to stop, and what stays."""
+
+    full: int  # layers that keep an indexer
+    max_loss: float | None  # share by which the loss may rise
+    fixed: frozenset[int]  # layers that are never shared
+    order: Order = "exact"
+
+
+@dataclass
+class Work:
+    """What the search computed, and what the plain one would have."""
+
+    candidates: int = 0
+    layers: int = 0  # layer-forwards of a window
+    layers_plain: int = 0
+    tokens: int = 0  # tokens through a layer
+    tokens_plain: int = 0
+
+
+@dataclass
+class Search:
+    """Windows under a changing pattern. The plan has been installed on the model, one index set a layer.
+
+    Args:
+        model: the dense model.
+        plan: all indexers in place.
+        tensors: theirs.
+        windows: token ids, [length] each.
+        prompt: prefill rows of each.
+        reuse: candidates start at the flipped layer; False runs every layer again.
+    """
+
+    model: Any
+    plan: Plan
+    tensors: Mapping[str, Tensor]
+    windows: Sequence[Tensor]
+    prompt: int
+    reuse: bool
+    listen: Listener
+    state: Path | None = None  # a file that is written after every flip, and continued from
+    flips: list[dict[str, Any]] = field(default_factory=list)
+    base: float = 0.0
+    stopped: str = "target"
+    work: Work = field(default_factory=Work)
+    replays: list[Replay] = field(default_factory=list)
+    overlap: list[list[float]] = field(default_factory=list)  # of index sets before any sharing, see set_overlap
+    total: int = 0  # candidates expected
+
+    def run(self, goal: Goal) -> None:
+        """Flip layers until the goal is met. What came out: ``plan``, ``flips``, ``base``, ``stopped``, ``work``."""
+        every = self.plan.indexed()
+        self._resume()
+        self._install(self.plan)
+        self.replays = [Replay(self.model, window, self.prompt) for window in ranks.own(self.windows)]
+        now = torch.cat(ranks.in_order([replay.losses for replay in self.replays])).double()
+        if not self.flips:
+            self.base = float(now.mean())
+            parts = torch.stack(
+                ranks.in_order([set_overlap(replay, self.plan, self.prompt) for replay in self.replays])
+            )
+            self.overlap = parts.mean(0).tolist()
+        left = [i for i in every if i not in goal.fixed and self.plan.layers[i].index == "full"]
+        self.total = self.work.candidates + sum(len(left) - i for i in range(len(every) - len(self.flips) - goal.full))
+        self.listen(Event(STAGE, self.work.candidates, self.total))
+        while len(every) - len(self.flips) > goal.full and left:
+            trials = self._round(left, float(now.mean()), goal.order)
+            ranked = sorted(trials, key=lambda layer: (float(trials[layer].mean()), layer))
+            best = ranked[0]
+            loss = float(trials[best].mean())
+            if goal.max_loss is not None and loss > self.base * (1 + goal.max_loss):
+                self.stopped = "budget"
+                break
+            flip: dict[str, Any] = {"layer": best, "loss": loss}
+            flip["trials"] = {str(i): float(trials[i].mean()) for i in sorted(trials)}
+            if len(ranked) > 1:
+                flip["second"] = ranked[1]
+                flip["margin"], flip["error"] = paired(trials[ranked[1]], trials[best])
+            self.flips.append(flip)
+            self.plan = share(self.plan, best)
+            self._install(self.plan)
+            for replay in self.replays:
+                replay.accept(best)
+            now = trials[best]
+            left.remove(best)
+            self._save()
+            self.listen(Event(STAGE, note=f"{self.plan.pattern} {loss / self.base - 1:+.2%}"))
+        if self.stopped == "target" and len(every) - len(self.flips) > goal.full:
+            self.stopped = "fixed"
+        self.listen(Event(STAGE, self.total, self.total))
+
+    def losses(self, plan: Plan, *, counted: bool = False) -> Tensor:
+        """Loss of every decode row under another pattern, float64, window after window; nothing is accepted."""
+        changed = [i for i in plan.indexed() if plan.layers[i].index != self.plan.layers[i].index]
+        self._install(plan)
+        start = min(changed, default=plan.model.layers - 1) if self.reuse else 0
+        found = [replay.run(start)[0] for replay in self.replays]
+        if counted:
+            self._count(start)
+        self._install(self.plan)
+        return torch.cat(ranks.in_order(found)).double()
+
+    def _round(self, left: Sequence[int], now: float, order: Order) -> dict[int, Tensor]:
+        """Rows' losses of this round's candidates: all of them, or in lazy order as many as it takes."""
+        if order == "exact" or not self.flips:
+            return {layer: self._trial(layer, left) for layer in left}
+        # The rise that a flip had when it was last tried, smallest first; what is on top and fresh wins.
+        last: dict[int, float] = {}
+        before = self.base
+        for flip in self.flips:
+            last |= {int(layer): loss - before for layer, loss in flip["trials"].items()}
+            before = flip["loss"]
+        queue = [(last[layer], layer, False) for layer in left]
+        heapq.heapify(queue)
+        found: dict[int, Tensor] = {}
+        while not queue[0][2]:
+            _, layer, _ = heapq.heappop(queue)
+            found[layer] = self._trial(layer, left)
+            heapq.heappush(queue, (float(found[layer].mean()) - now, layer, True))
+        return found
+
+    def _trial(self, layer: int, left: Sequence[int]) -> Tensor:
+        found = self.losses(share(self.plan, layer), counted=True)
+        self.work.candidates += 1
+        self.listen(Event(STAGE, self.work.candidates, self.total))
+        return found
+
+    def _install(self, plan: Plan) -> None:
+        install(self.model, plan, {name: self.tensors[name] for name in tensor_names(plan)})
+
+    def _count(self, start: int) -> None:
+        """Of one candidate on all windows, whichever process runs them."""
+        layers, windows, length = self.plan.model.layers, len(self.windows), len(self.windows[0])
+        chosen = self.plan.selector is not None and self.plan.selector.prefill == "selector"
+        rows = length if chosen else length - self.prompt
+        self.work.layers += windows * (layers - start)
+        self.work.layers_plain += windows * layers
+        self.work.tokens += windows * (layers - start) * rows
+        self.work.tokens_plain += windows * layers * length
+
+    def _save(self) -> None:
+        if self.state is not None and ranks.is_first():
+            aside = self.state.with_suffix(".part")
+            kept = {"base": self.base, "flips": self.flips, "work": vars(self.work), "overlap": self.overlap}
+            aside.write_text(json.dumps(kept), encoding="utf-8")
+            aside.rename(self.state)
+
+    def _resume(self) -> None:
+        """Continue behind the last flip of a run that was stopped."""
+        kept = None
+        if self.state is not None and ranks.is_first() and self.state.is_file():
+            try:
+                kept = read_json(self.state)
+            except ArtifactError:  # a failing disk: the search starts again
+                self.state.unlink()
+        kept = ranks.same(kept)
+        if kept is not None:
+            self.base, self.flips, self.overlap = kept["base"], kept["flips"], kept["overlap"]
+            self.work = Work(**kept["work"])
+            for flip in self.flips:
+                self.plan = share(self.plan, flip["layer"])
+
+
+def paired(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Mean of a - b over rows, and its standard error."""
+    difference = a - b
+    return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
+
+
+def other_patterns(
+    plan: Plan, full: int, flips: Sequence[Mapping[str, Any]], overlap: Sequence[Sequence[float]]
+) -> dict[str, Plan]:
+    """What people do without a search, with as many indexers: to be measured beside the searched pattern.
+
+    one-shot: the layers whose first-round loss is lowest are shared. uniform: every n-th keeps its indexer. overlap:
+    again and again the layer whose set is most like that of the full layer below it.
+
+    Args:
+        plan: all indexers in place.
+        full: layers that keep one.
+        flips: of the search; the first has a trial of every layer that may be shared.
+        overlap: :func:`set_overlap`.
+    """
+    every = plan.indexed()
+    first = {int(layer): loss for layer, loss in flips[0]["trials"].items()}
+    cheapest = sorted(first, key=lambda layer: (first[layer], layer))[: len(every) - full]
+    spread = {every[number * len(every) // full] for number in range(full)}
+    found = {
+        "one-shot": with_pattern(plan, {i: "shared" if i in cheapest else "full" for i in every}),
+        "uniform": with_pattern(plan, {i: "full" if i in spread else "shared" for i in every}),
+    }
+    kept = list(every)
+    while len(kept) > full:
+        alike = {layer: overlap[every.index(layer)][every.index(below)] for below, layer in pairwise(kept)}
+        kept.remove(max(alike, key=lambda layer: (alike[layer], -layer)))
+    found["overlap"] = with_pattern(plan, {i: "full" if i in kept else "shared" for i in every})
+    return found
+
+
+def set_overlap(replay: Replay, plan: Plan, prompt: int) -> Tensor:
+    """Mean intersection over union of layers' index sets, without tokens kept in any case: float64 [layers, layers].
+
+    Args:
+        replay: with every indexer in place.
+        plan: what it ran.
+        prompt: rows from here on are decode rows.
+    """
+    assert plan.selector is not None
+    every = plan.indexed()
+    total, rows = torch.zeros(len(every), len(every), dtype=torch.float64), 0
+    for start in sorted({key[1] for key in replay.index_sets if key[1] >= prompt}):
+        sets = torch.stack([replay.index_sets[layer, start].any(1)[0] for layer in every])  # [layers, rows, keys]
+        keys = torch.arange(sets.shape[-1], device=sets.device)
+        at = torch.arange(start, start + sets.shape[1], device=sets.device)
+        free = (keys >= plan.selector.sinks)[None] & (at[:, None] - keys >= plan.selector.recent)
+        chosen = (sets & free).float()
+        both = torch.einsum("irk,jrk->ijr", chosen, chosen)
+        sizes = chosen.sum(-1)
+        either = sizes[:, None] + sizes[None] - both
+        total += (both / either.clamp_min(1)).sum(-1).double().cpu()
+        rows += sets.shape[1]
+    return total / max(1, rows)
