@@ -3,7 +3,7 @@
 A corpus is an ordered list of documents and keeps them apart. What the formats mean:
 
     .txt .md .rst   one document a file, however long
-    .jsonl          one JSON object a line: its field ``text``, or the contents of its chat ``messages``
+    .jsonl          one JSON object a line: its field ``text``, or its chat ``messages``
     .parquet        one document a row: column ``text``, or chat ``messages``
     a folder        all files of these formats below it, sorted by path; hidden ones are skipped
     org/name        the split ``train`` of a Hub data set, where no such path exists
@@ -42,10 +42,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Document:
-    """A text that stands for itself; ``name`` says where it is from, without the folder the user named."""
+    """A text that stands for itself; ``name`` says where it is from, without the folder the user named.
+
+    Of a chat, ``text`` is the contents alone and ``messages`` holds its role and content pairs: how those are written
+    is the tokenizer's chat template's business.
+    """
 
     name: str
     text: str
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,7 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
                 raise CalibrationError(
                     f"{where} is no JSON: {_line(error)}; a .jsonl file holds one JSON object a line"
                 ) from None
-            yield Document(f"{name}:{number}", _text_of(row, where))
+            yield _document(f"{name}:{number}", row, where)
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Document]:
@@ -210,7 +215,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document]:
             for batch in file.iter_batches(batch_size=64, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    yield Document(f"{name}:{number}", _text_of({column: value}, f"{path}, row {number}"))
+                    yield _document(f"{name}:{number}", {column: value}, f"{path}, row {number}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path} cannot be read as Parquet: {_line(error)}; write the file again") from None
 
@@ -242,9 +247,9 @@ def _read_hub(spec: str, revision: str | None) -> tuple[Iterator[Document], str]
     def documents() -> Iterator[Document]:
         try:
             for number, row in enumerate(rows, start=1):
-                text = _text_of(row, f"{spec}, row {number}")
-                if text.strip():
-                    yield Document(f"{spec}:{number}", text)
+                document = _document(f"{spec}:{number}", row, f"{spec}, row {number}")
+                if document.text.strip():
+                    yield document
         except CalibrationError:
             raise
         except Exception as error:
@@ -253,10 +258,11 @@ def _read_hub(spec: str, revision: str | None) -> tuple[Iterator[Document], str]
     return documents(), f"split train of the Hub data set {spec} at {commit}"
 
 
-def _text_of(row: object, where: str) -> str:
-    """The text of a JSON object or table row: its ``text``, or its messages' contents; null is no text."""
+def _document(name: str, row: object, where: str) -> Document:
+    """What a JSON object or table row holds: its ``text``, or a chat's ``messages``; null is no text."""
     if not isinstance(row, dict):
         raise CalibrationError(f'{where} is no object: write {{"text": ...}} there')
+    chat: tuple[tuple[str, str], ...] = ()
     if "text" in row:
         text = "" if row["text"] is None else row["text"]
     elif "messages" in row:
@@ -266,7 +272,8 @@ def _text_of(row: object, where: str) -> str:
         contents = [message.get("content") for message in messages]  # a message that only calls a tool has none
         if not all(isinstance(content, str | None) for content in contents):
             raise CalibrationError(f"{where}: a message's 'content' is no string: write its text there")
-        text = "\n\n".join(content for content in contents if content)
+        chat = tuple((str(m.get("role", "user")), m["content"]) for m in messages if m.get("content"))
+        text = "\n\n".join(content for _, content in chat)
     else:
         raise CalibrationError(
             f"{where} has neither 'text' nor 'messages', only {_names(row)}: rename the text's field"
@@ -279,7 +286,7 @@ def _text_of(row: object, where: str) -> str:
         raise CalibrationError(
             f"{where}: character {error.start} of the text is half a surrogate pair: remove or replace it"
         ) from None
-    return text
+    return Document(name, text, chat)
 
 
 def _decode(data: bytes, path: Path, offset: int = 0) -> str:

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from sparsec.calibrate.corpus import Corpus, Document
 from sparsec.calibrate.duplicates import near_duplicates
@@ -72,6 +73,7 @@ class Calibration:
         self._bos: int | None = bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
         self._cut: str | None = None
         self._dropped = 0
+        self._chats = 0  # documents written by the chat template
         self._groups: list[list[str]] = []
         self._texts: dict[str, list[Document]] = {split: [] for split in SPLITS}
         self._tokens: dict[str, list[torch.Tensor]] = {split: [] for split in SPLITS}
@@ -144,6 +146,7 @@ class Calibration:
             "seed": self.seed,
             "shares": dict(zip(SPLITS, self.shares, strict=True)),
             "bos": self._bos is not None,
+            "chats": self._chats,
             "documents": {split: len(self._texts[split]) for split in SPLITS},
             "tokens": {split: self.tokens(split) for split in SPLITS},
             "longest_document": {split: max(map(len, self._tokens[split])) for split in SPLITS},
@@ -164,14 +167,27 @@ class Calibration:
             raise UsageError(f"windows of {length} tokens hold no text: ask for longer ones")
         return body
 
-    def _encode(self, text: str) -> torch.Tensor:
+    def _encode(self, document: Document) -> torch.Tensor:
         # verbose=False: documents longer than the model's context are meant to be, and windows never are.
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int32)
+        ids = self.tokenizer(self._written(document), add_special_tokens=False, verbose=False)["input_ids"]
+        begins = self._bos is not None and ids[:1] == [self._bos]  # the template's; windows bring their own
+        return torch.tensor(ids[begins:], dtype=torch.int32)
+
+    def _written(self, document: Document) -> str:
+        """A chat as the tokenizer's template writes it; its contents where there is none, or it refuses the roles."""
+        if not document.messages or not getattr(self.tokenizer, "chat_template", None):
+            return document.text
+        messages = [{"role": role, "content": content} for role, content in document.messages]
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError, KeyError):
+            return document.text
+        self._chats += 1
+        return text
 
     def _split(self) -> None:
         documents = list(self.corpus.documents)
-        tokens = [self._encode(document.text) for document in documents]
+        tokens = [self._encode(document) for document in documents]
         groups = [group for group in near_duplicates(documents) if any(len(tokens[i]) for i in group)]
         self._groups = [[documents[i].name for i in group] for group in groups if len(group) > 1]
         parts: list[int] = []
@@ -179,7 +195,7 @@ class Calibration:
         if whole is not None:
             parts = list(range(len(documents), len(documents) + len(SPLITS)))
             documents += cut(documents[whole], self.shares)
-            tokens += [self._encode(documents[i].text) for i in parts]
+            tokens += [self._encode(documents[i]) for i in parts]
             if min(len(tokens[i]) for i in parts) < SHORTEST_PART:
                 raise _too_little(groups, [len(ids) for ids in tokens[: parts[0]]])
             group = next(group for group in groups if whole in group)

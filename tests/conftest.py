@@ -105,6 +105,7 @@ TINY_OPTIONS: dict[str, dict[str, Any]] = {
         "ratio": 0.4,
         "window": 32,
         "context": 512,
+        "reach": 512,
         "rank": 4,
         "forced_recent": 8,
         "documents": 2,

@@ -68,7 +68,7 @@ def test_without_a_command_the_help_is_printed_and_the_call_was_wrong(cli: Any) 
 
 def test_passes_are_listed_with_their_tier(cli: Any) -> None:
     out = cli("passes").out
-    for name, tier in (("rtpurbo", "minutes"), ("indexcache", "training-free")):
+    for name, tier in (("rtpurbo", "minutes"), ("window", "training-free")):
         assert re.search(rf"^{name} +{tier} ", out, re.MULTILINE)
     listed = json.loads(cli("passes", "--json").out)
     assert [entry["name"] for entry in listed] == ["distill", "indexcache", "razor", "rtpurbo", "window"]

