@@ -7,13 +7,14 @@ IndexCache (arXiv 2603.12201, training-aware variant): an indexer q that serves 
 since only q depends on the parameters. The sum is what is computed here, as in the paper.
 
 The paper's indexers have one distribution a layer. rtpurbo's have a row a retrieval head, and a layer's set is the
-union of what its rows choose (ours). So every served head is assigned to one row, the one that is nearest to it before
-training, and a row minimises the sum over its heads: all heads count alike.
+union of what its rows choose (ours). So every served head is assigned to one row, the one that is nearest to it, and a
+row minimises the sum over its heads: all heads count alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from sparsec.events import Listener
 from sparsec.plan import Plan
 
 Pairs = dict[int, tuple[Tensor, Tensor]]  # Wq, Wk by layer
+ROUNDS = 3
 Served = dict[int, dict[int, Tensor]]  # by full layer, by layer it serves (itself too): the row of each of its heads
 
 
@@ -36,12 +38,12 @@ def readers(plan: Plan) -> dict[int, list[int]]:
 
 @torch.no_grad()
 def assigned(windows: Sequence[Window], weights: Pairs, plan: Plan, forced: Forced) -> Served:
-    """Every served head's nearest row by KL, on the first tile of each window; a layer's own heads keep their own."""
+    """Every served head's nearest row by KL, on the first tile of each window."""
     served: Served = {}
     for full, layers in readers(plan).items():
         rows = weights[full][0].shape[0]
-        served[full] = {full: torch.arange(rows)}
-        for layer in layers[1:]:
+        served[full] = {}
+        for layer in layers:
             far = torch.zeros(rows, len(plan.layers[layer].retrieval))
             for window in windows:
                 said = scores(window[full], *weights[full], 0)
@@ -76,27 +78,47 @@ def mean_multi_layer(windows: Sequence[Window], weights: Pairs, served: Served, 
 def train_shared(
     windows: Sequence[Window],
     weights: Pairs,
-    served: Served,
+    plan: Plan,
     *,
     forced: Forced,
     steps: int,
     lr: float,
     seed: int,
     listen: Listener,
-) -> tuple[Pairs, list[float]]:
-    """The full layers' weights, trained for all heads they serve, and the loss a head of every step."""
-    return train(
-        windows,
-        {full: weights[full] for full in served},
-        forced=forced,
-        steps=steps,
-        lr=lr,
-        seed=seed,
-        listen=listen,
-        loss=lambda window, full, pair, start: multi_layer_loss(window, pair, served[full], full, start, forced),
-        heads=served_heads(served),
-        stage="train shared indexers",
-    )
+) -> tuple[Pairs, Served, list[float]]:
+    """The full layers' weights, trained for all heads they serve.
+
+    In rounds, as k-means goes: heads are assigned to the rows as they are now, then the rows are trained for them.
+
+    Returns:
+        Wq, Wk by full layer, the last assignment, and the loss a head of every step.
+    """
+    weights = {full: weights[full] for full in readers(plan)}
+    losses: list[float] = []
+    served = assigned(windows, weights, plan, forced)
+    for number in range(ROUNDS):
+        share = steps * (number + 1) // ROUNDS - steps * number // ROUNDS
+        weights, found = train(
+            windows,
+            weights,
+            forced=forced,
+            steps=share,
+            lr=lr,
+            seed=seed + number,
+            listen=listen,
+            loss=partial(_of_layer, served=served, forced=forced),
+            heads=served_heads(served),
+            stage=f"train shared indexers, round {number + 1} of {ROUNDS}",
+        )
+        losses += found
+        served = assigned(windows, weights, plan, forced)
+    return weights, served, losses
+
+
+def _of_layer(
+    window: Window, full: int, pair: tuple[Tensor, Tensor], start: int, *, served: Served, forced: Forced
+) -> Tensor:
+    return multi_layer_loss(window, pair, served[full], full, start, forced)
 
 
 def served_heads(served: Served) -> int:

@@ -61,8 +61,8 @@ class IndexCache(Pass):
     documents: int = Field(default=2, ge=0, description="needle documents searched on beside them (ours)")
     needles: int = Field(default=4, ge=1, description="needles a document")
     needle_words: int = Field(default=24, ge=4, description="words a needle")
-    steps: int = Field(default=150, ge=0, description="training steps of kept indexers for all layers they serve")
-    lr: float = Field(default=2e-3, gt=0, description="its peak learning rate")
+    steps: int = Field(default=240, ge=0, description="training steps of kept indexers for all layers they serve")
+    lr: float = Field(default=5e-3, gt=0, description="its peak learning rate")
     fit_windows: int = Field(default=4, ge=1, description="text windows it reads, and as many needle documents")
     fit_rows: int = Field(default=512, ge=64, description="query rows sampled from each")
     reach: int | None = Field(
@@ -187,8 +187,8 @@ class IndexCache(Pass):
         weights = {i: (tensors[q].to(model.device), tensors[k].to(model.device)) for i, (q, k) in names.items()}
         served = assigned(windows, weights, plan, forced)
         before = mean_multi_layer(windows, weights, served, forced)
-        weights, losses = train_shared(
-            windows, weights, served,
+        weights, served, losses = train_shared(
+            windows, weights, plan,
             forced=forced, steps=self.steps, lr=self.lr, seed=program.seed, listen=program.listen,
         )  # fmt: skip
         trained = {
