@@ -36,11 +36,11 @@ class Distill(Pass):
     presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {
         "minutes": {
             "weights": "lora",
-            "steps": 40,
+            "steps": 28,
             "batch": 1,
-            "windows": 40,
+            "windows": 28,
             "held_windows": 2,
-            "checks": 4,
+            "checks": 2,
             "reach": 0.25,
         },
         "hours": {},
