@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -93,9 +93,10 @@ class TextLoss:
     bytes: int
     kv_bytes: int  # resident in the cache at the end of the longest window
     positions: tuple[Bucket, ...]  # quarters of the decode rows
+    rows: Tensor = field(compare=False, repr=False)  # bits of every decode row, float64 [windows, rows - 1]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data, without the single rows."""
         return {
             "bits_per_byte": self.bits_per_byte,
             "windows": list(self.windows),
@@ -146,7 +147,7 @@ def text_loss(
     whole = tuple(sum(row) for row in sizes)
     each = tuple(b / max(1, size) for b, size in zip(bits.sum(1).tolist(), whole, strict=True))
     total = float(bits.sum()) / max(1, sum(whole))
-    return TextLoss(each, whole, total, bits.numel(), sum(whole), largest, positions)
+    return TextLoss(each, whole, total, bits.numel(), sum(whole), largest, positions, bits)
 
 
 def _byte_sizes(tokenizer: Any, windows: Tensor, edges: Sequence[int]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from sparsec.errors import ArtifactError
 from sparsec.export import evaluation
 from sparsec.export.evaluation import NONE
 from sparsec.export.selectors import KINDS, break_even_words, head_rows, share, unit
-from sparsec.export.words import MINUS, measured, size
+from sparsec.export.words import MINUS, far_words, measured, size
 from sparsec.layout import MANIFEST, MEASUREMENTS, REPORT, check_tensors, is_artifact, read_json, read_plan
 from sparsec.plan import Plan
 
@@ -124,6 +124,7 @@ def _gate_lines(gate: Mapping[str, Any]) -> list[str]:
         f"          {gate['decode_rows']} decode rows after {gate['context'] - gate['decode_rows']} tokens, "
         f"{gate['windows']} held-out window(s)",
     ]
+    lines += [f"          {words}" for words in far_words(gate)] if "far" in gate else []
     if selector:
         lines.append(
             f"          selectors find {selector['recall_mean']:.1%} of the attention mass in "

@@ -21,12 +21,11 @@ from torch import Tensor
 import sparsec
 from sparsec.calibrate import ranks
 from sparsec.calibrate.corpus import read_corpus
-from sparsec.calibrate.decode import text_loss
-from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.trainable import put_weights
 from sparsec.compiler.checkpoint import load_config
-from sparsec.compiler.recipe import Gate, Recipe
+from sparsec.compiler.gate import Exam, shown, verdict
+from sparsec.compiler.recipe import Recipe
 from sparsec.compiler.registry import make_passes
 from sparsec.compiler.source import Source, load_model, load_tokenizer, open_source, weight_files
 from sparsec.compiler.stages import Stages, Stored, code_digest, fingerprint, tensors_digest
@@ -46,6 +45,7 @@ from sparsec.export.card import model_card
 from sparsec.export.report import render_report
 from sparsec.layout import CARD, MEASUREMENTS, REPORT
 from sparsec.passes.base import Pass, Program, lacks
+from sparsec.passes.split import split_plan
 from sparsec.plan import PassRecord, Plan
 from sparsec.plugins.device import check_dtype, device_map
 from sparsec.plugins.families import family_of, native_local_layers, shape_of
@@ -107,7 +107,7 @@ def compile_model(job: Job) -> Outcome:
         compile_.run_pass(each)
         if each is not passes[-1]:
             compile_.measure_pass()
-    dense = compile_.measure_dense()
+    compile_.measure_dense()
     compile_.free_model()
     if not ranks.leave():
         return Outcome(compile_.program.plan, {}, job.out, compile_.seconds, written=False)
@@ -116,18 +116,18 @@ def compile_model(job: Job) -> Outcome:
     with writing(job.out, force=job.force) as aside:
         program = compile_.program
         write_model(aside, source.path, weight_files(source.path), plan, program.tensors, compile_.weights)
-        verdict = compile_.judge(aside, dense)
-        measurements = compile_.measurements(verdict)
+        judged = compile_.judge(aside)
+        measurements = compile_.measurements(judged)
         manifest = compile_.manifest(passes)
         write_json(aside / MEASUREMENTS, measurements)
         (aside / REPORT).write_text(render_report(plan, measurements, manifest), encoding="utf-8")
         (aside / CARD).write_text(model_card(plan, measurements, manifest), encoding="utf-8")
         write_manifest(aside, manifest)
-        if not verdict["passed"]:
+        if not judged["passed"]:
             out = job.out.resolve()
             rejected = out.with_name(f"{out.name}.rejected")
             put(aside, rejected)
-            raise GateError(f"the gate failed: {'; '.join(verdict['failures'])}; the artifact is kept as {rejected}")
+            raise GateError(f"the gate failed: {'; '.join(judged['failures'])}; the artifact is kept as {rejected}")
     return Outcome(plan, measurements, job.out, compile_.seconds)
 
 
@@ -142,7 +142,8 @@ class _Compile:
         self.passes: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.weights: dict[str, Tensor] = {}  # base weights that passes trained
-        self.dense: dict[str, Any] | None = None
+        self.found: dict[str, dict[str, Any]] = {}  # the exam's results of the dense model, whole and in windows
+        self._exam: Exam | None = None
         native = native_local_layers(model.config)
         plan = Plan.dense(shape_of(model.config), PRODUCER, native)
         self.program = Program(model, plan, {}, job.recipe.seed, job.listen)
@@ -171,67 +172,74 @@ class _Compile:
         self.weights |= trained
         tier = each.tier_of_run()
         self.passes.append({"name": each.name, "tier": tier, "config": config, "measured": data["measured"]})
+        if each.budget() is not None:
+            self.passes[-1]["budget"] = each.budget()
         self.program = replace(program, plan=plan, tensors=tensors)
 
     def free_model(self) -> None:
         """The dense model goes before the artifact is loaded: one model in memory at a time."""
         self.program = replace(self.program, model=None)
 
-    def measure_dense(self) -> dict[str, Any]:
-        """What the gate compares with, measured before any pass trains the weights."""
-        if self.dense is None:
-            self.dense = self._loss("measure dense", None)
-        return self.dense
+    def measure_dense(self) -> None:
+        """What the gate compares with, measured before any pass trains the weights: dense, and in windows only."""
+        if "dense" in self.found:
+            return
+        self.found["dense"] = self._measure("measure dense", None)
+        window = self.program.plan.window
+        if window is not None:
+            plan = self.program.plan
+            blind = Plan.dense(plan.model, PRODUCER, native_local_layers(self.program.model.config))
+            self.found["near"] = self._measure("measure windows", split_plan(blind, {}, window, plan.min_context))
 
     def measure_pass(self) -> None:
         """What the passes so far cost: the same measure as the gate's, on the program in memory."""
-        if self.program.plan.is_dense:
-            return
-        name = self.passes[-1]["name"]
-        self.passes[-1]["after"] = self._loss(f"measure {name}", self.program.plan)
+        if not self.program.plan.is_dense:
+            name = self.passes[-1]["name"]
+            after = self._measure(f"measure {name}", self.program.plan)
+            self.passes[-1]["after"] = shown(after) | {"selector": after["selector"]}
 
-    def _loss(self, stage: str, plan: Plan | None) -> dict[str, Any]:
-        """Decode-regime loss on the gate's windows, stored, so that a resumed compile need not measure again."""
-        windows, prompt = self._gate_windows()
-        program, stats = self.program, SelectorStats()
+    def _measure(self, stage: str, plan: Plan | None) -> dict[str, Any]:
+        """The exam, stored, so that a resumed compile need not measure again."""
+        program, exam = self.program, self.exam
+        tensors = program.tensors if plan is program.plan else {}
 
-        def measure(_: Path) -> tuple[Any, dict[str, Tensor]]:
-            with applied(program.model, plan, program.tensors) if plan else nullcontext():
-                loss = text_loss(
-                    program.model,
-                    self.calibration.tokenizer,
-                    windows,
-                    prompt,
-                    observe=stats,
-                    listen=self.job.listen,
-                    stage=stage,
-                )
-            return loss.to_json() | ({"selector": stats.summary()} if plan else {}), {}
+        def measure(_: Path) -> Stored:
+            with applied(program.model, plan, tensors) if plan else nullcontext():
+                return exam.take(program.model, self.calibration.tokenizer, self.job.listen, stage), {}
 
         found = self._stage(
             stage,
             measure,
-            windows=[window.tolist() for window in windows],
-            prompt=prompt,
+            exam=exam.inputs,
             code=code_digest(),
             plan=plan.to_json() if plan else None,
-            tensors=tensors_digest({**program.tensors, **self.weights}) if plan else None,
+            tensors=tensors_digest({**tensors, **self.weights}) if plan else None,
         )
         return dict(found[0])
 
-    def judge(self, aside: Path, dense: Mapping[str, Any]) -> dict[str, Any]:
-        """The gate: held-out bits per byte and mass recall of the artifact as loaded afresh from the disk."""
-        gate, job = self.job.recipe.gate, self.job
-        windows, prompt = self._gate_windows()
+    @property
+    def exam(self) -> Exam:
+        """Drawn once the plan says how long a local window is."""
+        if self._exam is None:
+            recipe = self.job.recipe
+            self._exam = Exam.drawn(recipe.gate, self.program.plan, self.calibration, recipe.seed)
+        return self._exam
+
+    def judge(self, aside: Path) -> dict[str, Any]:
+        """The gate, on the artifact as loaded afresh from the disk."""
+        job, exam = self.job, self.exam
         began = time.monotonic()
         model, tokenizer = load(aside, device=job.device, dtype=job.dtype)
-        stats = SelectorStats()
-        loss = text_loss(model, tokenizer, windows, prompt, observe=stats, listen=job.listen, stage="gate")
+        found = exam.take(model, tokenizer, job.listen, "gate")
         self.seconds["gate"] = time.monotonic() - began
-        return verdict(gate, dense, loss.to_json(), stats.summary()) | {
-            "context": len(windows[0]),
-            "decode_rows": len(windows[0]) - prompt,
-            "windows": len(windows),
+        judged = verdict(job.recipe.gate, self.found["dense"], found, self.found.get("near"), self.passes)
+        rows = len(exam.windows[0]) - exam.prompt
+        asked = sum(map(len, exam.asked.values()))
+        return judged | {
+            "context": len(exam.windows[0]),
+            "decode_rows": rows,
+            "windows": len(exam.windows),
+            "questions": asked,
         }
 
     def measurements(self, gate: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,13 +278,6 @@ class _Compile:
             },
         }
 
-    def _gate_windows(self) -> tuple[list[Tensor], int]:
-        gate, window = self.job.recipe.gate, self.program.plan.window
-        size = window.size if window else 512
-        length = gate.context or 4 * size
-        windows = self.calibration.windows("heldout", length, gate.windows, seed=self.job.recipe.seed)
-        return list(windows), length - min(gate.rows, length // 2)
-
     def _stage(self, name: str, run: Callable[[Path], Stored], parallel: bool = False, **inputs: Any) -> Stored:
         """A stage's result, stored or new. Several processes run a parallel one together, any other the first alone."""
         key = fingerprint(
@@ -313,29 +314,6 @@ class _Compile:
                 f"{self.stages.folder} lacks what the first process stored: point SPARSEC_CACHE to a folder all share"
             )
         return stored
-
-
-def verdict(
-    gate: Gate, dense: Mapping[str, Any], found: Mapping[str, Any], selector: Mapping[str, float]
-) -> dict[str, Any]:
-    """What was found, what was allowed, and every way in which it failed."""
-    loss = found["bits_per_byte"] / dense["bits_per_byte"] - 1
-    failures = []
-    if not loss <= gate.max_loss:
-        failures.append(f"bits per byte rose by {loss:.2%}, {gate.max_loss:.2%} is allowed")
-    if selector and not selector["recall_mean"] >= gate.min_recall:
-        failures.append(
-            f"selectors find {selector['recall_mean']:.1%} of the attention mass, {gate.min_recall:.1%} is the least"
-        )
-    return {
-        "passed": not failures,
-        "failures": failures,
-        "loss": loss,
-        "dense": dict(dense),
-        "artifact": dict(found),
-        "selector": dict(selector),
-        "allowed": {"max_loss": gate.max_loss, "min_recall": gate.min_recall},
-    }
 
 
 def _run(each: Pass, program: Program, calibration: Calibration) -> tuple[Any, dict[str, Tensor]]:

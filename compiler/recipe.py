@@ -34,6 +34,10 @@ class Gate(Strict):
     windows: int = Field(default=1, ge=1, description="held-out windows")
     context: int | None = Field(default=None, ge=64, description="tokens each; null: 4 local windows")
     rows: int = Field(default=512, ge=16, description="decode rows of each; the rest is the prompt")
+    prompts: int = Field(default=0, ge=0, description="long-range questions of each kind (kv, multikey); 0: none")
+    max_points: float = Field(
+        default=0.05, ge=0, description="share of the questions that may be answered less often than dense does"
+    )
 
 
 class Recipe(Strict):

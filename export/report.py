@@ -38,6 +38,7 @@ from sparsec.export.words import (
     commands,
     configured,
     count,
+    far_words,
     gate_words,
     measured,
     model_name,
@@ -172,6 +173,7 @@ def _text(measurements: Mapping[str, Any]) -> str:
         table(["measured", "split", "on"], used, words=3),
         heading("Gate: bits per byte"),
         _gate_table(gate),
+        *map(paragraph, far_words(gate)),
         paragraph(f"Digest of the split text: {text['digest']}", "quiet"),
     )
 

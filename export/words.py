@@ -137,6 +137,24 @@ def verdict_words(gate: Mapping[str, Any]) -> str:
     return f"{text}."
 
 
+def far_words(gate: Mapping[str, Any]) -> list[str]:
+    """What the gate found beside the plain mean: tokens that need far context, and questions; sentences."""
+    found, far = [], gate["far"]
+    if far is not None:
+        found.append(
+            f"{plural(far['tokens'], 'token')} that need far context, weighted by what a window alone costs them: "
+            f"{far['dense']:.3f} bits a token dense, {far['artifact']:.3f} in the artifact "
+            f"({change(far['artifact'] / far['dense'] - 1)}), {far['near']:.3f} in windows only. They are picked where "
+            "dense does well, so anything else looks a little worse."
+        )
+    if "answered" in gate["dense"]:
+        found.append(
+            f"Of {plural(gate['questions'], 'long-range question')} dense answers "
+            f"{percent(gate['dense']['answered'])}, the artifact {percent(gate['artifact']['answered'])}."
+        )
+    return found
+
+
 def gate_words(gate: Mapping[str, Any]) -> str:
     """What the gate read."""
     rows = gate["decode_rows"]

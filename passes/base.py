@@ -71,6 +71,10 @@ class Pass(Strict):
         """What this configuration costs."""
         return self.tier
 
+    def budget(self) -> float | None:
+        """Share by which held-out bits per byte may rise by this pass, else the gate fails; None: no limit."""
+        return None
+
     @abstractmethod
     def run(self, program: Program, calibration: Calibration) -> PassResult:
         """Do it.

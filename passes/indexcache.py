@@ -93,6 +93,10 @@ class IndexCache(Pass):
         """The search alone trains nothing."""
         return "minutes" if self.steps else "training-free"
 
+    def budget(self) -> float | None:
+        """What the search must not exceed on its own text must hold on held-out text as well."""
+        return self.max_loss
+
     def run(self, program: Program, calibration: Calibration) -> PassResult:
         """Search a pattern, train the indexers that it keeps. See :class:`sparsec.passes.base.Pass`."""
         model = program.model

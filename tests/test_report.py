@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from sparsec.calibrate.corpus import Corpus, Document
 from sparsec.calibrate.splits import Calibration
-from sparsec.compiler.pipeline import verdict
+from sparsec.compiler.gate import verdict
 from sparsec.compiler.recipe import Gate, Recipe
 from sparsec.export.card import model_card
 from sparsec.export.cautions import cautions, noise
@@ -90,7 +90,9 @@ def made(text: dict[str, Any]) -> Callable[..., Inputs]:
         selector = {"heads": 6, "rows": 1024, "context_mean": 1792.5, **recall} if split else {}
         for each in passes[:-1]:
             each["after"] = _loss(0.82, [0.81, 0.83], kv_bytes=7 << 20) | {"selector": selector}
-        gate = verdict(Gate(), dense, found, selector) | {"context": 2048, "decode_rows": 512, "windows": 2}
+        near = _loss(0.9, [0.88, 0.92], kv_bytes=6 << 20) | {"rows": [[1.0, 5.0], [2.0, 1.0]]}
+        gate = verdict(Gate(), dense, found | {"selector": selector}, near)
+        gate |= {"context": 2048, "decode_rows": 512, "windows": 2, "questions": 0}
         measurements = {
             "producer": "sparsec 0",
             "seed": 7,
@@ -120,7 +122,8 @@ def _record(each: Any, measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loss(mean: float, windows: list[float], kv_bytes: int) -> dict[str, Any]:
-    return {"bits_per_byte": mean, "windows": windows, "tokens": 1022, "bytes": 4000, "kv_bytes": kv_bytes}
+    found = {"bits_per_byte": mean, "windows": windows, "tokens": 1022, "bytes": 4000, "kv_bytes": kv_bytes}
+    return found | {"rows": [[1.0, 2.0], [2.0, 1.0]], "selector": {}}
 
 
 def _plan(share: bool, split: bool) -> Plan:
