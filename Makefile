@@ -1,5 +1,6 @@
 # make demo     everything from nothing: environment, compile, a question, the report
 # make test     everything from nothing: environment, ruff, mypy, pytest
+# make bench    the README's first table on this machine; make table: the second one, on a GPU
 #
 # TORCH=torch             the newest PyTorch, with CUDA where pip has it (set it before the first make, or delete .venv)
 # TORCH="torch==2.13.0 --index-url URL"    a build from elsewhere; the pin is constraints.txt's
@@ -17,7 +18,7 @@ DEMO := out/demo
 # The demo model is unpacked here, and finished stages of a compile are kept here.
 export SPARSEC_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: venv demo test check lint types pytest docs bench
+.PHONY: venv demo test check lint types pytest docs bench table
 
 venv: $(VENV)/.dev
 
@@ -43,6 +44,17 @@ pytest: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
+	$(BIN)/python benchmarks/tables.py
+
+# The passes side by side, with training, on a GPU: about 25 minutes of an H100. Text comes from Debian packages.
+TRAIN := $(BIN)/sparsec compile demo --calibration texts/train --device cuda
+table: $(VENV)/.dev
+	test -d texts || $(BIN)/python benchmarks/texts.py texts
+	$(TRAIN) --passes razor -o out/razor
+	$(TRAIN) --passes rtpurbo -o out/rtpurbo
+	$(TRAIN) --passes rtpurbo,distill --tier hours -o out/distilled
+	$(BIN)/sparsec eval out/rtpurbo out/razor out/distilled --text texts/eval --lengths 2048,4096,8000 --tasks needles \
+	  --prompts 100 --windows 16 --device cuda --dtype bfloat16 --batch-size 50 -o benchmarks/results/distill-demo.json
 	$(BIN)/python benchmarks/tables.py
 
 # TEXT=FOLDER judges on other text than the artifact's own held-out part. May take an hour on two cores.

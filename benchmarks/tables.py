@@ -4,6 +4,7 @@ python benchmarks/tables.py            write them anew
 python benchmarks/tables.py --check    exit with 1 if one is stale
 
 eval      eval-demo.json, what ``sparsec eval -o`` wrote: systems side by side, tasks, positions, long decode
+passes    distill-demo.json, the same of several artifacts: make table
 indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
 """
 
@@ -78,6 +79,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> 
 
 TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "eval": ("eval-demo", "make bench", evaluation),
+    "passes": ("distill-demo", "make table", evaluation),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
 }
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,17 +33,30 @@ BASELINES = (DENSE, "window", "split")
 WEAK = 0.2  # a task that dense answers less of tells nothing about a sparse model
 
 
+Found = tuple[dict[str, Any], dict[str, Tensor]]  # what a part of the evaluation gave: JSON data, and tensors
+# keep(make, **inputs): what ``make`` gives, or what it gave for the same inputs (JSON data) before.
+Keep = Callable[..., Found]
+
+
 @dataclass(frozen=True)
 class System:
     """A row of the evaluation.
 
-    ``open`` gives the model ready to run, its plan installed or dense, and puts all back at the end.
-    ``only_decodes``: it is there for the long decode alone.
+    ``open`` gives the model ready to run, its plan installed or dense, and puts all back at the end; it is called when
+    the model is first needed. ``only_decodes``: it is there for the long decode alone. ``identity`` is JSON data that
+    differs wherever the system's answers may.
     """
 
     name: str
     open: Callable[[], AbstractContextManager[Any]]
+    plan: Plan | None = None
+    identity: Any = None
     only_decodes: bool = False
+
+
+def unkept(make: Callable[[], Found], **inputs: Any) -> Found:
+    """A :data:`Keep` that keeps nothing."""
+    return make()
 
 
 @dataclass(frozen=True)
@@ -94,11 +108,17 @@ def baseline_plan(name: str, plan: Plan) -> Plan | None:
 
 
 def evaluate(
-    systems: Sequence[System], calibration: Calibration, suite: Suite, *, listen: Listener = silent
+    systems: Sequence[System],
+    calibration: Calibration,
+    suite: Suite,
+    *,
+    keep: Keep = unkept,
+    listen: Listener = silent,
 ) -> dict[str, Any]:
     """Measure every system at every length.
 
-    Systems run in the order given, each opened once; ``dense`` goes first where the long decode is asked for.
+    Systems run in the order given, each opened once; ``dense`` goes first where the long decode is asked for. Every
+    task, text loss and long decode of a system and length is a part that ``keep`` may have from a run that was stopped.
 
     Returns:
         JSON data: ``cells`` by length and system, ``comparisons`` between systems, the suite and notes.
@@ -116,7 +136,7 @@ def evaluate(
     about: dict[str, str] = {}
     for system in systems:
         try:
-            cells += _measured(system, asked, calibration.tokenizer, suite, listen, about, notes)
+            cells += _Row(system, calibration.tokenizer, suite, keep, listen).cells(asked, about, notes)
         except torch.OutOfMemoryError as error:
             size = f"--batch-size {suite.batch_size}"
             raise SparsecError(f"{system.name} runs out of memory with {size}: use a smaller one") from error
@@ -163,62 +183,137 @@ def _asked(haystack: Haystack, suite: Suite, length: int, notes: list[str], list
     return asked
 
 
-def _measured(
-    system: System,
-    asked: Sequence[_Asked],
-    tokenizer: Any,
-    suite: Suite,
-    listen: Listener,
-    about: dict[str, str],
-    notes: list[str],
-) -> list[dict[str, Any]]:
-    """The cells of one system. A function of its own: when it ends, nothing holds the system's model."""
-    cells = []
-    with system.open() as model:
-        if not system.only_decodes:
-            about |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-        plan: Plan | None = getattr(model, "sparsec_plan", None)
-        for each in asked:
-            if plan is not None and plan.window is not None and each.length < 2 * plan.window.size:
-                notes.append(f"{each.length} tokens is less than twice the window: local heads see most of it")
-            cell: dict[str, Any] = {"length": each.length, "system": system.name}
-            if not system.only_decodes:
-                cell |= _text(model, tokenizer, plan, each, suite, listen, system.name)
-                for task, batch in each.tasks.items():
-                    cell.setdefault("tasks", {})[task] = _task(model, tokenizer, task, batch, suite, listen, cell)
-                needles = [found["share"] for task, found in cell.get("tasks", {}).items() if task in NEEDLES]
-                if len(needles) > 1:
-                    cell[TOGETHER] = sum(needles) / len(needles)
-            if each.starts is not None:
-                cell["decode"] = _decode(model, tokenizer, each, suite, listen, cell)
-            cells.append(cell)
-    return cells
+@dataclass
+class _Row:
+    """One system's turn. When it ends, nothing holds the system's model."""
 
+    system: System
+    tokenizer: Any
+    suite: Suite
+    keep: Keep
+    listen: Listener
+    opened: ExitStack = field(default_factory=ExitStack)
+    model: Any = None
 
-def _text(
-    model: Any, tokenizer: Any, plan: Plan | None, asked: _Asked, suite: Suite, listen: Listener, name: str
-) -> dict[str, Any]:
-    """Bits per byte of the windows' ends, and where asked for also nearer to their beginnings."""
-    if asked.windows is None:
-        return {}
-    rows = min(suite.rows, asked.length // 2)
-    stats = SelectorStats()
-    stage = f"{name} {asked.length}: bits per byte"
-    options: dict[str, Any] = {"batch_size": suite.batch_size, "listen": listen}
-    loss = text_loss(model, tokenizer, list(asked.windows), asked.length - rows, observe=stats, stage=stage, **options)
-    selector = stats.summary()
-    cell: dict[str, Any] = loss.to_json() | {"selector": selector}
-    cell["attention_read"] = attention_read(plan, selector, asked.length - rows, asked.length)
-    contexts = []
-    for part in range(1, suite.contexts):
-        stop = asked.length * part // suite.contexts
-        if stop - rows >= FIRST:
-            cut = list(asked.windows[:, :stop])
-            early = text_loss(model, tokenizer, cut, stop - rows, stage=f"{stage} up to {stop}", **options)
-            contexts.append({"context": stop, "bits_per_byte": early.bits_per_byte})
-    if contexts:
-        cell["contexts"] = [*contexts, {"context": asked.length, "bits_per_byte": loss.bits_per_byte}]
-    return cell
+    def cells(self, asked: Sequence[_Asked], about: dict[str, str], notes: list[str]) -> list[dict[str, Any]]:
+        """A cell a length; ``about`` and ``notes`` are added to."""
+        cells, plan = [], self.system.plan
+        with self.opened:
+            for each in asked:
+                if plan is not None and plan.window is not None and each.length < 2 * plan.window.size:
+                    notes.append(f"{each.length} tokens is less than twice the window: local heads see most of it")
+                cell: dict[str, Any] = {"length": each.length, "system": self.system.name}
+                if not self.system.only_decodes:
+                    cell |= self._quality(each, about)
+                if each.starts is not None:
+                    cell["decode"] = self._decode(each)
+                cells.append(cell)
+        self.model = None
+        return cells
+
+    def _quality(self, asked: _Asked, about: dict[str, str]) -> dict[str, Any]:
+        """Text loss and tasks."""
+        cell: dict[str, Any] = {}
+        if asked.windows is not None:
+            windows = asked.windows
+            inputs = {"rows": self.suite.rows, "contexts": self.suite.contexts, "windows": windows.tolist()}
+            cell |= self._part("text", lambda: self._text(windows, asked.length), about, **inputs)
+        for task, batch in asked.tasks.items():
+            given = {"asked": [[one.tokens.tolist(), list(one.answers), one.budget] for one in batch]}
+            made = partial(self._task, task, batch, asked.length)
+            cell.setdefault("tasks", {})[task] = self._part(task, made, about, **given)
+        needles = [found["share"] for task, found in cell.get("tasks", {}).items() if task in NEEDLES]
+        if len(needles) > 1:
+            cell[TOGETHER] = sum(needles) / len(needles)
+        return cell
+
+    def _part(self, name: str, make: Callable[[], dict[str, Any]], about: dict[str, str], **inputs: Any) -> Any:
+        def run() -> Found:
+            model = self._model()
+            where = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+            return {"found": make(), "about": where}, {}
+
+        kept = self.keep(run, part=name, system=self.system.identity, **inputs)[0]
+        about |= kept["about"]
+        return kept["found"]
+
+    def _model(self) -> Any:
+        if self.model is None:
+            self.model = self.opened.enter_context(self.system.open())
+        return self.model
+
+    def _text(self, windows: Tensor, length: int) -> dict[str, Any]:
+        """Bits per byte of the windows' ends, and where asked for also nearer to their beginnings."""
+        rows = min(self.suite.rows, length // 2)
+        stats = SelectorStats()
+        measure = partial(
+            text_loss, self._model(), self.tokenizer, batch_size=self.suite.batch_size, listen=self.listen
+        )
+        stage = f"{self.system.name} {length}: bits per byte"
+        loss = measure(list(windows), length - rows, observe=stats, stage=stage)
+        selector = stats.summary()
+        found: dict[str, Any] = loss.to_json() | {"selector": selector}
+        found["attention_read"] = attention_read(self.system.plan, selector, length - rows, length)
+        contexts = []
+        for part in range(1, self.suite.contexts):
+            stop = length * part // self.suite.contexts
+            if stop - rows >= FIRST:
+                early = measure(list(windows[:, :stop]), stop - rows, stage=f"{stage} up to {stop}")
+                contexts.append({"context": stop, "bits_per_byte": early.bits_per_byte})
+        if contexts:
+            found["contexts"] = [*contexts, {"context": length, "bits_per_byte": loss.bits_per_byte}]
+        return found
+
+    def _task(self, task: str, batch: Sequence[Prompt], length: int) -> dict[str, Any]:
+        stage = f"{self.system.name} {length}: {task}"
+        self.listen(Event(stage, 0, len(batch)))
+        result = score(
+            self._model(),
+            self.tokenizer,
+            batch,
+            batch_size=self.suite.batch_size,
+            progress=lambda done, total: self.listen(Event(stage, done, total)),
+        )
+        return {
+            "share": result.share,
+            "exact": result.exact,
+            "digits": result.digits,
+            "n": result.n,
+            "found": list(result.found),
+        }
+
+    def _decode(self, asked: _Asked) -> Any:
+        """The long decode; the first system's text is what the others are compared with."""
+        assert asked.starts is not None
+        starts, reference, batch = asked.starts, asked.reference, self.suite.batch_size
+        stage = f"{self.system.name} {asked.length}: long decode"
+
+        def run() -> Found:
+            model = self._model()
+            texts = continued(
+                model,
+                self.tokenizer,
+                starts,
+                self.suite.decode_tokens,
+                batch_size=batch,
+                listen=self.listen,
+                stage=stage,
+            )
+            said = texts if reference is None else reference
+            steps = followed(model, starts, said, batch_size=batch)
+            return compared(texts, said, steps, starts.shape[1]).to_json(), {"texts": texts.cpu()}
+
+        found, tensors = self.keep(
+            run,
+            part="long decode",
+            system=self.system.identity,
+            starts=starts.tolist(),
+            tokens=self.suite.decode_tokens,
+            reference=None if reference is None else reference.tolist(),
+        )
+        if asked.reference is None:
+            asked.reference = tensors["texts"]
+        return found
 
 
 def attention_read(plan: Plan | None, selector: Mapping[str, float], first: int, last: int) -> float:
@@ -247,48 +342,6 @@ def attention_read(plan: Plan | None, selector: Mapping[str, float], first: int,
         for layer in plan.layers
     ]
     return sum(read) / (heads * len(read))
-
-
-def _task(
-    model: Any,
-    tokenizer: Any,
-    task: str,
-    batch: Sequence[Prompt],
-    suite: Suite,
-    listen: Listener,
-    cell: Mapping[str, Any],
-) -> dict[str, Any]:
-    stage = f"{cell['system']} {cell['length']}: {task}"
-    listen(Event(stage, 0, len(batch)))
-    result = score(
-        model,
-        tokenizer,
-        batch,
-        batch_size=suite.batch_size,
-        progress=lambda done, total: listen(Event(stage, done, total)),
-    )
-    return {
-        "share": result.share,
-        "exact": result.exact,
-        "digits": result.digits,
-        "n": result.n,
-        "found": list(result.found),
-    }
-
-
-def _decode(
-    model: Any, tokenizer: Any, asked: _Asked, suite: Suite, listen: Listener, cell: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The long decode; the first system's text is what the others are compared with."""
-    assert asked.starts is not None
-    stage = f"{cell['system']} {cell['length']}: long decode"
-    texts = continued(
-        model, tokenizer, asked.starts, suite.decode_tokens, batch_size=suite.batch_size, listen=listen, stage=stage
-    )
-    if asked.reference is None:
-        asked.reference = texts
-    steps = followed(model, asked.starts, asked.reference, batch_size=suite.batch_size)
-    return compared(texts, asked.reference, steps, asked.starts.shape[1]).to_json()
 
 
 def _weak_tasks(cells: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ been let go, so that one model is in memory at a time.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +19,12 @@ import torch
 from transformers import AutoTokenizer
 
 from sparsec.calibrate.corpus import read_corpus
-from sparsec.calibrate.evaluate import BASELINES, DENSE, Suite, System, baseline_plan, evaluate
+from sparsec.calibrate.evaluate import BASELINES, DENSE, Found, Keep, Suite, System, baseline_plan, evaluate
 from sparsec.calibrate.splits import Calibration
 from sparsec.compiler.explain import artifact_data
 from sparsec.compiler.quiet import transformers_call
 from sparsec.compiler.source import Source, load_model, open_source
+from sparsec.compiler.stages import Stages, code_digest, fingerprint
 from sparsec.errors import ArtifactError, SourceError, UsageError
 from sparsec.events import Listener, silent
 from sparsec.layout import TENSORS
@@ -58,6 +59,12 @@ class Compiled:
         """
         with transformers_call(f"transformers cannot read the tokenizer in {self.path}", "copy or compile it again"):
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+
+    @property
+    def identity(self) -> Any:
+        """All that decides its answers: its own tensors and weights, by their sha256."""
+        files = {name: digest for name, digest in self.manifest["files"].items() if name.endswith(".safetensors")}
+        return [self.manifest["source"]["digest"], self.plan.to_json(), files if self.trained else files.get(TENSORS)]
 
     def to_json(self) -> dict[str, Any]:
         """What the evaluation says about it."""
@@ -100,7 +107,7 @@ def evaluate_artifacts(
     dense = Base(artifacts, spec=base, device=device, dtype=dtype, cache_dir=cache_dir)
     # Dense first: the long decode is compared with its text.
     rows = systems(sorted(names, key=lambda name: name != DENSE), artifacts, dense, rounding=bool(suite.decode_tokens))
-    result = evaluate(rows, calibration, suite, listen=listen)
+    result = evaluate(rows, calibration, suite, keep=_keeping(cache_dir, device, dtype, listen), listen=listen)
     return result | {"artifacts": {each.name: each.to_json() for each in artifacts}}
 
 
@@ -157,6 +164,10 @@ class Base:
             self.model = self.load(self.dtype)
         return self.model
 
+    def identity(self, plan: Plan | None) -> Any:
+        """All that decides the answers of this model under a plan."""
+        return [self.artifact.manifest["source"]["digest"], plan.to_json() if plan is not None else None]
+
     def load(self, dtype: str) -> Any:
         """A new copy of the model."""
         if self.source is not None:
@@ -182,12 +193,14 @@ def systems(names: Sequence[str], artifacts: Sequence[Compiled], base: Base, *, 
     made = []
     for name in names:
         if name == ARTIFACT:
-            made += [System(each.name, partial(_artifact, each, base)) for each in artifacts]
+            made += [System(each.name, partial(_artifact, each, base), each.plan, each.identity) for each in artifacts]
             continue
-        made.append(System(name, partial(_planned, base, baseline_plan(name, artifacts[0].plan), {})))
+        plan = baseline_plan(name, artifacts[0].plan)
+        made.append(System(name, partial(_planned, base, plan, {}), plan, base.identity(plan)))
         if name == DENSE and rounding:
             other = "bfloat16" if base.get().dtype == torch.float32 else "float32"
-            made.append(System(f"{DENSE} {other}", partial(_rounded, base, other), only_decodes=True))
+            identity = [other, base.identity(None)]
+            made.append(System(f"{DENSE} {other}", partial(_rounded, base, other), None, identity, only_decodes=True))
     return made
 
 
@@ -210,6 +223,22 @@ def _source(artifact: Compiled, spec: str | None, cache_dir: Path) -> Source:
             "say with --base where that one is"
         )
     return opened
+
+
+def _keeping(cache_dir: Path, device: str, dtype: str, listen: Listener) -> Keep:
+    """Parts that are done are found again when an evaluation was stopped; so is what two evaluations share."""
+    stages = Stages(cache_dir / "evaluations")
+    where = {"device": device.partition(":")[0], "dtype": dtype, "torch": torch.__version__, "code": code_digest()}
+
+    def keep(make: Callable[[], Found], **inputs: Any) -> Found:
+        key = fingerprint(**where, **inputs)
+        found = stages.load(key)
+        if found is None:
+            found = make()
+            stages.store(key, *found)
+        return found
+
+    return keep
 
 
 @contextmanager

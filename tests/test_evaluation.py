@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.statistics import Paired, change, difference, recovery
 from sparsec.compiler.systems import Base, open_artifacts, systems
 from sparsec.errors import ArtifactError, SparsecError, UsageError
+from sparsec.events import Event
 from sparsec.export.evaluation import tables
 from sparsec.layout import MANIFEST, read_plan
 from sparsec.plugins.load import load
@@ -320,6 +321,44 @@ def test_systems_run_in_order_and_cells_stand_by_length(opened: tuple[Any, Any, 
     assert all(len(row) == len(table.head) for table in made for row in table.rows)
     with pytest.raises(UsageError, match="put dense first"):
         evaluate(rows[1:], calibration, suite)
+
+
+def test_parts_that_are_done_are_found_again(opened: tuple[Any, Any, Calibration]) -> None:
+    model, _, calibration = opened
+    kept: dict[str, Any] = {}
+    ran: list[str] = []
+
+    def keep(make: Callable[[], Any], **inputs: Any) -> Any:
+        key = json.dumps(inputs, sort_keys=True)
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
+
+    def system(name: str) -> System:
+        @contextmanager
+        def open_() -> Iterator[Any]:
+            ran.append(name)
+            yield model
+
+        return System(name, open_, identity=name)
+
+    def stop(event: Event) -> None:
+        if event.stage == "artifact 256: kv":
+            raise KeyboardInterrupt
+
+    rows = [system("dense"), system("artifact")]
+    suite = Suite([256], ["kv"], prompts_each=2, windows_each=1, rows=32, decode_tokens=64, decode_prompts=1)
+    whole = evaluate(rows, calibration, suite)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(rows, calibration, suite, keep=keep, listen=stop)
+    ran.clear()
+    assert evaluate(rows, calibration, suite, keep=keep) == whole
+    assert ran == ["artifact"]
+    assert evaluate(rows, calibration, suite, keep=keep) == whole
+    assert ran == ["artifact"]
+    other = Suite([256], ["kv"], prompts_each=2, windows_each=1, rows=64)
+    evaluate(rows, calibration, other, keep=keep)
+    assert ran == ["artifact", "dense", "artifact"]
 
 
 def test_a_length_without_room_for_the_long_decode_is_said(opened: tuple[Any, Any, Calibration]) -> None:
