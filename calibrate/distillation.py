@@ -204,7 +204,7 @@ def distill(
             run.check(held, listen)
         for step in range(run.step, settings.steps):
             run.advance(step, tokens, taught)
-            listen(Event("distill", step + 1, settings.steps, f"loss {run.outcome.losses[-1]:.4f}"))
+            listen(Event("distill", step + 1, settings.steps))
             if run.outcome.diverged:
                 break
             if step + 1 in run.when:
