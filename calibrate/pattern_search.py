@@ -124,7 +124,8 @@ class Search:
             self.listen(Event(STAGE, note=f"{self.plan.pattern} {loss / self.base - 1:+.2%}"))
         if self.stopped == "target" and len(every) - len(self.flips) > goal.full:
             self.stopped = "fixed"
-        self.listen(Event(STAGE, self.total, self.total))
+        if self.work.candidates < self.total:  # a budget, or lazy: fewer than there might have been
+            self.listen(Event(STAGE, self.total, self.total))
 
     def losses(self, plan: Plan, *, counted: bool = False) -> Tensor:
         """Loss of every decode row under another pattern, float64, window after window; nothing is accepted."""

@@ -108,7 +108,7 @@ def train_shared(
             listen=listen,
             loss=partial(_of_layer, served=served, forced=forced),
             heads=served_heads(served),
-            stage=f"train shared indexers, round {number + 1} of {ROUNDS}",
+            stage=f"train shared indexers {number + 1} of {ROUNDS}",
         )
         losses += found
         served = assigned(windows, weights, plan, forced)

@@ -36,11 +36,12 @@ class Distill(Pass):
     presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {
         "minutes": {
             "weights": "lora",
-            "steps": 28,
+            "steps": 20,
             "batch": 1,
-            "windows": 28,
+            "windows": 20,
             "held_windows": 2,
             "checks": 2,
+            "lr": 3e-4,
             "reach": 0.25,
         },
         "hours": {},

@@ -169,6 +169,7 @@ def test_a_second_compile_uses_what_is_stored_and_writes_the_same(
         "indexcache",
         "measure rtpurbo",
         "measure dense",
+        "measure windows",
     }
     assert "rtpurbo: stored result" in result.err
     assert contents(tmp_path / "out") == contents(tiny_artifact)
@@ -183,6 +184,7 @@ def test_a_changed_option_computes_what_depends_on_it_and_nothing_else(
         "rtpurbo",
         "measure rtpurbo",
         "measure dense",
+        "measure windows",
     }
     made = json.loads((tmp_path / "out" / MANIFEST).read_text())["recipe"]["passes"]["indexcache"]
     assert (made["keep"], made["max_loss"]) == (0.25, 0.005)
