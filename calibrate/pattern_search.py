@@ -92,6 +92,7 @@ class Search:
         self.replays = [Replay(self.model, window, self.prompt) for window in ranks.own(self.windows)]
         now = torch.cat(ranks.in_order([replay.losses for replay in self.replays])).double()
         if not self.flips:
+            self._count(0, whole=True, plain=True)
             self.base = float(now.mean())
             parts = torch.stack(
                 ranks.in_order([set_overlap(replay, self.plan, self.prompt) for replay in self.replays])
@@ -118,6 +119,7 @@ class Search:
             self._install(self.plan)
             for replay in self.replays:
                 replay.accept(best)
+            self._count(best)  # run again for its boundaries: the plain search need not
             now = trials[best]
             left.remove(best)
             self._save()
@@ -134,7 +136,7 @@ class Search:
         start = min(changed, default=plan.model.layers - 1) if self.reuse else 0
         found = [replay.run(start)[0] for replay in self.replays]
         if counted:
-            self._count(start)
+            self._count(start, plain=True)
         self._install(self.plan)
         return torch.cat(ranks.in_order(found)).double()
 
@@ -166,15 +168,19 @@ class Search:
     def _install(self, plan: Plan) -> None:
         install(self.model, plan, {name: self.tensors[name] for name in tensor_names(plan)})
 
-    def _count(self, start: int) -> None:
-        """Of one candidate on all windows, whichever process runs them."""
+    def _count(self, start: int, *, whole: bool = False, plain: bool = False) -> None:
+        """One run of all windows from layer ``start`` up, whichever process runs them.
+
+        whole: the prompts too. plain: the plain search runs it as well, whole windows through all layers.
+        """
         layers, windows, length = self.plan.model.layers, len(self.windows), len(self.windows[0])
         chosen = self.plan.selector is not None and self.plan.selector.prefill == "selector"
-        rows = length if chosen else length - self.prompt
+        rows = length if whole or chosen else length - self.prompt
         self.work.layers += windows * (layers - start)
-        self.work.layers_plain += windows * layers
         self.work.tokens += windows * (layers - start) * rows
-        self.work.tokens_plain += windows * layers * length
+        if plain:
+            self.work.layers_plain += windows * layers
+            self.work.tokens_plain += windows * layers * length
 
     def _save(self) -> None:
         if self.state is not None and ranks.is_first():

@@ -36,7 +36,6 @@ class Replay:
         self.calls: list[dict[str, Any]] = []  # what each layer was called with, beside the hidden states
         self.inputs: list[Tensor] = []  # hidden states at each layer boundary under the accepted plan
         self.index_sets: dict[tuple[int, int], Tensor] = {}
-        self.evaluated = len(self.layers)  # layer-forwards so far; the recording call below is the first
         cache, replayed = new_cache(model), self.tokens
         selector = model.sparsec_plan.selector
         self.prompt = 0  # replayed rows that are prefill rows
@@ -71,7 +70,6 @@ class Replay:
             boundaries.append(hidden)
             layer.self_attn.sparsec.step = step
             hidden = layer(hidden, **self.calls[number])
-            self.evaluated += 1
         logits = lm_head(self.model)(final_norm(self.model)(hidden[:, self.prompt :]))
         return nll(logits[0], self.tokens), boundaries, sets
 
