@@ -383,7 +383,5 @@ def main() -> None:
 
 def _fail(message: str, status: int) -> NoReturn:
     """One line on standard error, whatever a library put into it, and the exit status."""
-    if status == UsageError.exit_code and os.environ.get("RANK", "0") != "0":
-        sys.exit(status)  # the first process says it
     click.echo(f"sparsec: {' '.join(message.splitlines())}", err=True)
     sys.exit(status)
