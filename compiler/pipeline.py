@@ -21,6 +21,7 @@ from torch import Tensor
 import sparsec
 from sparsec.calibrate import ranks
 from sparsec.calibrate.corpus import read_corpus
+from sparsec.calibrate.evaluate import baseline_plan
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.trainable import put_weights
 from sparsec.compiler.checkpoint import load_config
@@ -45,7 +46,6 @@ from sparsec.export.card import model_card
 from sparsec.export.report import render_report
 from sparsec.layout import CARD, MEASUREMENTS, REPORT
 from sparsec.passes.base import Pass, Program, lacks
-from sparsec.passes.split import split_plan
 from sparsec.plan import PassRecord, Plan
 from sparsec.plugins.device import check_dtype, device_map
 from sparsec.plugins.families import family_of, native_local_layers, shape_of
@@ -92,9 +92,9 @@ def compile_model(job: Job) -> Outcome:
     passes = make_passes(job.recipe.passes)
     check_dtype(job.dtype)
     device_map(job.device)
-    recover(job.out)
-    check_free(job.out, force=job.force)
-    with ranks.first_alone():  # it unpacks, the others find it
+    with ranks.first_alone():  # it mends and unpacks, the others find it done
+        recover(job.out)
+        check_free(job.out, force=job.force)
         source = open_source(job.source, revision=job.revision, cache_dir=job.cache_dir, progress=_say(job))
     family_of(load_config(source.path))
     check_room(job.out, sum(file.stat().st_size for file in weight_files(source.path)))
@@ -185,11 +185,11 @@ class _Compile:
         if "dense" in self.found:
             return
         self.found["dense"] = self._measure("measure dense", None)
-        window = self.program.plan.window
-        if window is not None:
-            plan = self.program.plan
-            blind = Plan.dense(plan.model, PRODUCER, native_local_layers(self.program.model.config))
-            self.found["near"] = self._measure("measure windows", split_plan(blind, {}, window, plan.min_context))
+        if self.program.plan.window is not None:
+            # Without the record of passes: whatever split the heads, windows alone are the same.
+            blind = baseline_plan("window", self.program.plan)
+            assert blind is not None
+            self.found["near"] = self._measure("measure windows", blind.edit(passes=[]))
 
     def measure_pass(self) -> None:
         """What the passes so far cost: the same measure as the gate's, on the program in memory."""
