@@ -3,7 +3,7 @@
 RTPurbo, "Full Attention Strikes Back" (arXiv 2605.16928): about 15 % of query heads do long-range retrieval. They stay
 dense in prefill; in decode a rank-16 projection of q and k scores the cache, top-p 0.9 of its softmax mass is kept, and
 attention on that set is exact. All other heads see sinks and a window. The paper projects before RoPE; after it is the
-default here, because it finds the same mass in far fewer tokens (docs/passes/rtpurbo.md has the figures).
+default here, because it finds the same mass in fewer tokens (benchmarks/indexers.py measures both).
 
 This is detection, partition, the causal check and stage 1 (projections, backbone frozen). Weights do not change;
 stage 2 is the pass ``distill``. What the paper leaves open and what is chosen here: docs/passes/rtpurbo.md.
