@@ -208,21 +208,16 @@ class IndexCache(Pass):
         }
 
     def cost(self, plan: Plan, max_positions: int) -> Cost:
-        """About half of a forward of the decode rows for every candidate, and the prompts once."""
+        """Half a forward of the decode rows for every candidate, the prompts once, and the windows of the fit."""
         indexed = len(plan.indexed()) or plan.model.layers // 2
         length = self.context or self._context(plan, max_positions)
         rows = min(self.rows, length // 2)
         flips = max(0, indexed - self._target(indexed))
         candidates = sum(indexed - 1 - i for i in range(flips))
-        return Cost(
-            tokens=(self.windows + self.documents) * (length + candidates * rows // 2),
-            resident=(self.windows + self.documents)
-            * length
-            * plan.model.layers
-            * plan.model.kv_heads
-            * plan.model.head_dim
-            * 8,
-        )
+        searched = (self.windows + self.documents) * (length + candidates * rows // 2)
+        fitted = 2 * self.fit_windows * length + self.steps * length // 32 if self.steps else 0
+        cached = plan.model.layers * plan.model.kv_heads * plan.model.head_dim * 8
+        return Cost(tokens=searched + fitted, resident=(self.windows + self.documents) * length * cached)
 
     def _windows(self, plan: Plan, calibration: Calibration, length: int, seed: int) -> list[Tensor]:
         """Text, and needle documents whose later needles are decode rows: mean loss on text alone hardly sees an
