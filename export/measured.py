@@ -14,21 +14,6 @@ from sparsec.export.words import change, count, percent, plural
 def detection(split: Mapping[str, Any]) -> str:
     """How the retrieval heads were found, and whether it is they that retrieve. split: what rtpurbo measured."""
     check, stable = split["causal_check"], split["rank_stability"]
-    dense, kept, random = (check[name] for name in ("dense", "kept_heads_local", "random_heads_local"))
-    said = (
-        f"With the {count(check['heads'])} kept heads cut down to a window, {percent(kept, 0)} of the needle tokens "
-        f"are still copied; with as many random other heads cut down, {percent(random, 0)}."
-    )
-    if check_shown(check):
-        said = paragraph(f"{said} So it is the kept heads that carry the copying.")
-    else:
-        said = caution(f"{said} This does not show that the kept heads carry the copying: do not rely on the split.")
-    rows = [
-        ("dense model", dense, "other"),
-        ("kept heads local", kept, "full"),
-        ("random heads local", random, "other"),
-    ]
-    label = "Needle tokens copied: " + ", ".join(f"{name} {percent(share)}" for name, share, _ in rows)
     return section(
         "detection",
         "How the heads were found",
@@ -45,11 +30,32 @@ def detection(split: Mapping[str, Any]) -> str:
             ]
         ),
         heading("Causal check: share of needle tokens copied"),
-        figure(
-            svg.bars(rows, label), f"{plural(check['tokens'], 'needle token')}, window {count(split['window'])} tokens."
+        *copying(
+            check,
+            "needle tokens",
+            f"{plural(check['tokens'], 'needle token')}, window {count(split['window'])} tokens.",
         ),
-        said,
     )
+
+
+def copying(check: Mapping[str, Any], what: str, caption: str) -> list[str]:
+    """The causal check as bars, and whether it shows that the kept heads copy. what: the tokens, in the plural."""
+    dense, kept, random = (check[name] for name in ("dense", "kept_heads_local", "random_heads_local"))
+    said = (
+        f"With the {count(check['heads'])} kept heads cut down to a window, {percent(kept, 0)} of the {what} are still "
+        f"copied; with as many random other heads cut down, {percent(random, 0)}."
+    )
+    if check_shown(check):
+        said = paragraph(f"{said} So it is the kept heads that carry the copying.")
+    else:
+        said = caution(f"{said} This does not show that the kept heads carry the copying: do not rely on the split.")
+    bars = [
+        ("dense model", dense, "other"),
+        ("kept heads local", kept, "full"),
+        ("random heads local", random, "other"),
+    ]
+    label = f"{what[:1].upper()}{what[1:]} copied: " + ", ".join(f"{name} {percent(share)}" for name, share, _ in bars)
+    return [figure(svg.bars(bars, label), caption), said]
 
 
 def stage1(split: Mapping[str, Any]) -> str:

@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparsec.export import svg
-from sparsec.export.cautions import check_shown
-from sparsec.export.page import caution, facts, figure, folded, heading, paragraph, section, table
+from sparsec.export.measured import copying
+from sparsec.export.page import facts, folded, heading, paragraph, section, table
 from sparsec.export.words import change, count, percent, plural
 
 
 def repeats(razor: Mapping[str, Any]) -> str:
     """How razor found its heads, and whether it is they that copy. razor: what it measured."""
     check = razor["causal_check"]
-    dense, kept, random = (check[name] for name in ("dense", "kept_heads_local", "random_heads_local"))
-    said = (
-        f"With the {count(check['heads'])} kept heads cut down to a window, {percent(kept, 0)} of the last copy's "
-        f"tokens are still continued; with as many random other heads cut down, {percent(random, 0)}."
-    )
-    if check_shown(check):
-        said = paragraph(f"{said} So it is the kept heads that carry the copying.")
-    else:
-        said = caution(f"{said} This does not show that the kept heads carry the copying: do not rely on the split.")
     told = [
         ("sequences", f"{count(razor['draws'])}, each {razor['copies']} times {count(razor['period'])} random tokens")
     ]
@@ -40,12 +30,6 @@ def repeats(razor: Mapping[str, Any]) -> str:
             )
         )
         rows += [[str(layer), str(head), name, f"{scores[layer][head]:.3f}"] for layer, head in chosen]
-    bars = [
-        ("dense model", dense, "other"),
-        ("kept heads local", kept, "full"),
-        ("random heads local", random, "other"),
-    ]
-    label = "Tokens of the last copy continued: " + ", ".join(f"{name} {percent(share)}" for name, share, _ in bars)
     return section(
         "detection",
         "How the heads were found",
@@ -56,12 +40,12 @@ def repeats(razor: Mapping[str, Any]) -> str:
         ),
         facts(told),
         heading("Causal check: share of the last copy's tokens predicted"),
-        figure(
-            svg.bars(bars, label),
+        *copying(
+            check,
+            "tokens of the last copy",
             f"{plural(check['tokens'], 'token')} of a sequence that no score has seen, window {count(razor['window'])} "
             "tokens.",
         ),
-        said,
         folded("The kept heads as a table", table(["layer", "head", "kept for", "score"], rows, words=3)),
     )
 
