@@ -60,6 +60,11 @@ def test_help_is_printed(cli: Any, arguments: list[str]) -> None:
     assert "Usage: sparsec" in result.out
 
 
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-P", "-m", "sparsec", "--version"]
+    assert "sparsec, version" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def test_without_a_command_the_help_is_printed_and_the_call_was_wrong(cli: Any) -> None:
     result = cli()
     assert result.status == 2
