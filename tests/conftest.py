@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsec.compiler.source import Source, open_source
 
@@ -277,6 +277,25 @@ def tiny_compiled(
 def tiny_artifact(tiny_compiled: tuple[Path, Result]) -> Path:
     """``tiny_deep`` compiled with both passes; do not write into the folder."""
     return tiny_compiled[0]
+
+
+@pytest.fixture(scope="session")
+def small_llama() -> Callable[..., Any]:
+    """``small_llama(layers=3)``: a model of 60 tokens whose random attention is sharp enough to choose by."""
+
+    def make(layers: int = 4, heads: int = 4, kv_heads: int = 2, positions: int = 256) -> Any:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=60, hidden_size=48, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, head_dim=16, max_position_embeddings=positions,
+        )  # fmt: skip
+        made = LlamaForCausalLM(config).eval().requires_grad_(False)
+        for name, weight in made.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                weight.mul_(8)
+        return made
+
+    return make
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

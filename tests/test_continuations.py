@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from sparsec.plan import Plan
 from sparsec.plugins.continuations import Window, scored_logits
@@ -16,17 +17,8 @@ from sparsec.plugins.runtime import applied, new_cache, rows_as, tensor_names
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=60, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
-    )  # fmt: skip
-    made = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for name, weight in made.named_parameters():
-        if "q_proj" in name or "k_proj" in name:
-            weight.mul_(8)
-    return made
+def model(small_llama: Callable[..., Any]) -> Any:
+    return small_llama(layers=3)
 
 
 @pytest.fixture(scope="module")

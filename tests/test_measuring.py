@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsec.calibrate.capture import Captured, capture
 from sparsec.calibrate.decode import decode_rows
@@ -35,17 +35,8 @@ from sparsec.plugins.runtime import applied, install, tensor_names, uninstall
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=60, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
-    )  # fmt: skip
-    made = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for name, weight in made.named_parameters():
-        if "q_proj" in name or "k_proj" in name:
-            weight.mul_(8)
-    return made
+def model(small_llama: Callable[..., Any]) -> Any:
+    return small_llama()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from sparsec.calibrate.decode import decode_rows
 from sparsec.calibrate.decode_bytes import Read, break_even, read_bytes, resident_bytes
@@ -186,17 +186,8 @@ def test_other_and_oracle_are_read_on_spaced_rows_the_last_among_them() -> None:
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=60, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=3, head_dim=16, max_position_embeddings=512,
-    )  # fmt: skip
-    made = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for name, weight in made.named_parameters():
-        if "q_proj" in name or "k_proj" in name:
-            weight.mul_(8)
-    return made
+def model(small_llama: Callable[..., Any]) -> Any:
+    return small_llama(layers=3, heads=6, kv_heads=3, positions=512)
 
 
 def split(model: Any, index: tuple[str, ...] = ("full", "none", "full"), **more: Any) -> Plan:
