@@ -46,21 +46,24 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 	$(BIN)/python benchmarks/tables.py
 
-# The passes side by side, with training, on a GPU; not yet run as a whole. Text comes from Debian packages.
-TRAIN := $(BIN)/sparsec compile demo --calibration texts/train --device cuda
-table: $(VENV)/.dev
-	test -d texts || { rm -rf texts.part && $(BIN)/python benchmarks/texts.py texts.part && mv texts.part texts; }
+# Out of Debian packages: nothing of texts/eval is in texts/train.
+texts: | $(VENV)/.torch
+	rm -rf texts.part && $(BIN)/python benchmarks/texts.py texts.part && mv texts.part texts
+
+# The passes side by side, with training, on a GPU.
+TRAIN := $(BIN)/sparsec compile demo --calibration texts/train --device cuda --tier hours
+table: $(VENV)/.dev texts
 	$(TRAIN) --passes razor -o out/razor
 	$(TRAIN) --passes rtpurbo -o out/rtpurbo
-	$(TRAIN) --passes rtpurbo,distill --tier hours -o out/distilled
+	$(TRAIN) --passes rtpurbo,distill -o out/distilled
 	$(BIN)/sparsec eval out/rtpurbo out/razor out/distilled --text texts/eval --lengths 2048,4096,8000 --tasks needles \
 	  --prompts 100 --windows 16 --device cuda --dtype bfloat16 --batch-size 50 -o benchmarks/results/distill-demo.json
 	$(BIN)/python benchmarks/tables.py
 
-# TEXT=FOLDER judges on other text than the artifact's own held-out part. May take an hour on two cores.
-bench: $(VENV)/.demo
+# May take an hour on two cores; on a GPU: make bench ON="--device cuda --dtype bfloat16 --batch-size 50"
+bench: $(VENV)/.demo texts
 	$(BIN)/sparsec compile demo --passes rtpurbo,indexcache -o $(DEMO)
-	$(BIN)/sparsec eval $(DEMO) $(if $(TEXT),--text $(TEXT)) -o benchmarks/results/eval-demo.json
+	$(BIN)/sparsec eval $(DEMO) --text texts/eval $(ON) -o benchmarks/results/eval-demo.json
 	$(BIN)/python benchmarks/tables.py
 
 $(VENV)/.torch: constraints.txt

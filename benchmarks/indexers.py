@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import sparsec
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.splits import Calibration
 from sparsec.compiler.cli import cache_dir
 from sparsec.compiler.draw import drawing
 from sparsec.compiler.source import load_model, load_tokenizer, open_source
+from sparsec.compiler.versions import versions
 from sparsec.passes.base import Program
 from sparsec.passes.rtpurbo import Rtpurbo
 from sparsec.plan import Plan
+from sparsec.plugins.device import device_name
 from sparsec.plugins.families import native_local_layers, shape_of
 
 RESULT = Path(__file__).resolve().parent / "results" / "indexers-demo.json"
@@ -60,16 +57,11 @@ def main() -> None:
                 rows.append({"rope": rope, "stretch": stretch, "seconds": seconds, **kept, **selector})
     result = {
         "command": f"python benchmarks/indexers.py {shlex.join(sys.argv[1:])}".rstrip(),
-        "device": torch.cuda.get_device_name() if asked.device != "cpu" else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(model.device),
         "text": calibration.describe()["made_of"],
         "seed": 0,
         "config": Rtpurbo().model_dump(mode="json"),
-        "versions": {
-            "sparsec": sparsec.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "fits": rows,
     }
     asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -27,6 +27,7 @@ from sparsec.calibrate.tasks import NEEDLES, Haystack, Prompt, prompts, score
 from sparsec.errors import SparsecError, UsageError
 from sparsec.events import Event, Listener, silent, tracked
 from sparsec.plan import Plan
+from sparsec.plugins.device import device_name
 
 DENSE = "dense"
 BASELINES = (DENSE, "window", "split")
@@ -230,7 +231,7 @@ class _Row:
     def _part(self, name: str, make: Callable[[], dict[str, Any]], about: dict[str, str], **inputs: Any) -> Any:
         def run() -> Found:
             model = self._model()
-            where = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+            where = {"device": device_name(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
             return {"found": make(), "about": where}, {}
 
         kept = self.keep(run, part=name, system=self.system.identity, **inputs)[0]

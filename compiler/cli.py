@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -274,6 +275,7 @@ def eval_command(
     where: dict[str, Any] = {"text": text, "base": base, "device": device, "dtype": dtype, "cache_dir": cache_dir()}
     with drawing() as listen:
         result = evaluate_artifacts(artifacts, chosen, suite, **where, listen=listen)
+    result["command"] = shlex.join(["sparsec", *sys.argv[1:]])
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(result, indent=2) if as_json else evaluation_text(result))

@@ -6,7 +6,6 @@ source -> dense model, tokenizer -> calibration windows -> passes, each stored w
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 import sparsec
@@ -30,6 +28,7 @@ from sparsec.compiler.recipe import Recipe
 from sparsec.compiler.registry import make_passes
 from sparsec.compiler.source import Source, load_model, load_tokenizer, open_source, weight_files
 from sparsec.compiler.stages import Stages, Stored, code_digest, fingerprint, tensors_digest
+from sparsec.compiler.versions import versions
 from sparsec.errors import ArtifactError, GateError, UsageError
 from sparsec.events import Event, Listener, silent
 from sparsec.export.artifact import (
@@ -270,12 +269,7 @@ class _Compile:
             "weights": "trained" if self.weights else "unchanged",
             "device": self.job.device,
             "dtype": self.job.dtype,
-            "versions": {
-                "sparsec": sparsec.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
 
     def _stage(self, name: str, run: Callable[[Path], Stored], parallel: bool = False, **inputs: Any) -> Stored:

@@ -25,6 +25,7 @@ from sparsec.compiler.explain import artifact_data
 from sparsec.compiler.quiet import transformers_call
 from sparsec.compiler.source import Source, load_model, open_source
 from sparsec.compiler.stages import Stages, code_digest, fingerprint
+from sparsec.compiler.versions import versions
 from sparsec.errors import ArtifactError, SourceError, UsageError
 from sparsec.events import Listener, silent
 from sparsec.layout import TENSORS
@@ -95,7 +96,7 @@ def evaluate_artifacts(
         base: where the dense model is, if not where it was at the compile.
 
     Returns:
-        ``calibrate.evaluate.evaluate``'s JSON data, and ``artifacts``: what each name stands for.
+        ``calibrate.evaluate.evaluate``'s JSON data, ``versions``, and ``artifacts``: what each name stands for.
 
     Raises:
         SparsecError: see :func:`open_artifacts`, :class:`Base` and ``evaluate``.
@@ -108,7 +109,7 @@ def evaluate_artifacts(
     # Dense first: the long decode is compared with its text.
     rows = systems(sorted(names, key=lambda name: name != DENSE), artifacts, dense, rounding=bool(suite.decode_tokens))
     result = evaluate(rows, calibration, suite, keep=_keeping(cache_dir, device, dtype, listen), listen=listen)
-    return result | {"artifacts": {each.name: each.to_json() for each in artifacts}}
+    return result | {"versions": versions(), "artifacts": {each.name: each.to_json() for each in artifacts}}
 
 
 def open_artifacts(paths: Sequence[Path]) -> list[Compiled]:

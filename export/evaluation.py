@@ -155,6 +155,8 @@ def made_of(result: Result, text_name: str) -> list[str]:
     lines.append(f"seed {result['seed']}, {result['device']}, {result['dtype']}, torch {result['torch']}")
     plans = ", ".join(f"{name} {each['plan'][:16]}" for name, each in result.get("artifacts", {}).items())
     lines.append(f"plan of {plans}; text {text_name}, digest {text['digest'][:16]}")
+    if "command" in result:
+        lines.append(f"made by: {result['command']}")
     return [*lines, *result["notes"]]
 
 

@@ -38,3 +38,8 @@ def device_map(device: str) -> str | dict[str, str] | None:
     if int(match[1] or 0) >= count:
         raise UsageError(f"device {device} is not here, the GPUs are cuda:0 to cuda:{count - 1}: name one of those")
     return {"": device}
+
+
+def device_name(device: torch.device) -> str:
+    """What a figure was measured on: a GPU's own name, else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

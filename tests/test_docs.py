@@ -228,9 +228,10 @@ def test_the_evaluation_becomes_a_row_a_length_and_system(
 
 
 def test_asking_shows_both_answers_the_memory_and_the_report(tiny_artifact: Path) -> None:
-    answer = script("benchmarks/ask.py").asked(tiny_artifact, length=256, seed=0)
-    assert "dense" in answer
-    assert re.search(r"^KV cache resident +\S+ KiB +\S+ KiB$", answer, re.MULTILINE)
+    answer = script("benchmarks/ask.py").asked(tiny_artifact, length=256, questions=2, seed=0)
+    assert len(re.findall(r"^The value of key .+\d{5}", answer, re.MULTILINE)) == 2
+    assert re.search(r"^found +\d dense, \d sparse$", answer, re.MULTILINE)
+    assert re.search(r"^KV cache +\S+ KiB dense, \S+ KiB sparse$", answer, re.MULTILINE)
     assert answer.endswith("report.html")
 
 
