@@ -23,9 +23,8 @@ from sparsec.compiler.source import load_model, load_tokenizer, open_source
 from sparsec.compiler.versions import versions
 from sparsec.passes.base import Program
 from sparsec.passes.rtpurbo import Rtpurbo
-from sparsec.plan import Plan
 from sparsec.plugins.device import device_name
-from sparsec.plugins.families import native_local_layers, shape_of
+from sparsec.plugins.families import base_plan
 
 RESULT = Path(__file__).resolve().parent / "results" / "indexers-demo.json"
 
@@ -43,7 +42,7 @@ def main() -> None:
     source = open_source(asked.source, revision=None, cache_dir=cache_dir())
     calibration = Calibration(read_corpus(asked.calibration), load_tokenizer(source))
     model = load_model(source, device=asked.device, dtype="auto")
-    plan = Plan.dense(shape_of(model.config), "benchmark", native_local_layers(model.config))
+    plan = base_plan(model.config, "benchmark")
     rows: list[dict[str, Any]] = []
     with drawing() as listen:
         for rope in ("pre", "post"):

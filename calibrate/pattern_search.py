@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ from sparsec.errors import ArtifactError
 from sparsec.events import Event, Listener
 from sparsec.layout import read_json
 from sparsec.plan import Plan
+from sparsec.plugins.masked import ROWS
 from sparsec.plugins.runtime import install, tensor_names
 
 STAGE = "search sharing pattern"
@@ -42,6 +43,7 @@ class Goal:
     max_loss: float | None  # share by which the loss may rise
     fixed: frozenset[int]  # layers that are never shared
     order: Order = "exact"
+    margin: float | None = None  # standard errors by which the best candidate has to win, else the search stops
 
 
 @dataclass
@@ -99,9 +101,9 @@ class Search:
             )
             self.overlap = parts.mean(0).tolist()
         left = [i for i in every if i not in goal.fixed and self.plan.layers[i].index == "full"]
-        self.total = self.work.candidates + sum(len(left) - i for i in range(len(every) - len(self.flips) - goal.full))
+        self.total = self.work.candidates + sum(len(left) - i for i in range(self._full() - goal.full))
         self.listen(Event(STAGE, self.work.candidates, self.total))
-        while len(every) - len(self.flips) > goal.full and left:
+        while self._full() > goal.full and left:
             trials = self._round(left, float(now.mean()), goal.order)
             ranked = sorted(trials, key=lambda layer: (float(trials[layer].mean()), layer))
             best = ranked[0]
@@ -114,6 +116,10 @@ class Search:
             if len(ranked) > 1:
                 flip["second"] = ranked[1]
                 flip["margin"], flip["error"] = paired(trials[ranked[1]], trials[best])
+                if goal.margin is not None and flip["margin"] < goal.margin * flip["error"]:
+                    self.stopped = "unclear"
+                    self.listen(Event(STAGE, note=f"layers {best} and {ranked[1]} cannot be told apart: stopped"))
+                    break
             self.flips.append(flip)
             self.plan = share(self.plan, best)
             self._install(self.plan)
@@ -124,10 +130,13 @@ class Search:
             left.remove(best)
             self._save()
             self.listen(Event(STAGE, note=f"{self.plan.pattern} {loss / self.base - 1:+.2%}"))
-        if self.stopped == "target" and len(every) - len(self.flips) > goal.full:
+        if self.stopped == "target" and self._full() > goal.full:
             self.stopped = "fixed"
         if self.work.candidates < self.total:  # a budget, or lazy: fewer than there might have been
             self.listen(Event(STAGE, self.total, self.total))
+
+    def _full(self) -> int:
+        return self.plan.pattern.count("F")
 
     def losses(self, plan: Plan, *, counted: bool = False) -> Tensor:
         """Loss of every decode row under another pattern, float64, window after window; nothing is accepted."""
@@ -174,8 +183,7 @@ class Search:
         whole: the prompts too. plain: the plain search runs it as well, whole windows through all layers.
         """
         layers, windows, length = self.plan.model.layers, len(self.windows), len(self.windows[0])
-        chosen = self.plan.selector is not None and self.plan.selector.prefill == "selector"
-        rows = length if whole or chosen else length - self.prompt
+        rows = length if whole or self.plan.selects_in_prefill else length - self.prompt
         self.work.layers += windows * (layers - start)
         self.work.tokens += windows * (layers - start) * rows
         if plain:
@@ -226,18 +234,19 @@ def other_patterns(
         overlap: :func:`set_overlap`.
     """
     every = plan.indexed()
+    own = [i for i in every if plan.layers[i].index == "full"]  # a source may have shared ones already
     first = {int(layer): loss for layer, loss in flips[0]["trials"].items()}
-    cheapest = sorted(first, key=lambda layer: (first[layer], layer))[: len(every) - full]
-    spread = {every[number * len(every) // full] for number in range(full)}
+    cheapest = sorted(first, key=lambda layer: (first[layer], layer))[: len(own) - full]
+    spread = {own[number * len(own) // full] for number in range(full)}
     found = {
-        "one-shot": with_pattern(plan, {i: "shared" if i in cheapest else "full" for i in every}),
-        "uniform": with_pattern(plan, {i: "full" if i in spread else "shared" for i in every}),
+        "one-shot": with_pattern(plan, {i: "shared" if i in cheapest else "full" for i in own}),
+        "uniform": with_pattern(plan, {i: "full" if i in spread else "shared" for i in own}),
     }
-    kept = list(every)
+    kept = list(own)
     while len(kept) > full:
         alike = {layer: overlap[every.index(layer)][every.index(below)] for below, layer in pairwise(kept)}
         kept.remove(max(alike, key=lambda layer: (alike[layer], -layer)))
-    found["overlap"] = with_pattern(plan, {i: "full" if i in kept else "shared" for i in every})
+    found["overlap"] = with_pattern(plan, {i: "full" if i in kept else "shared" for i in own})
     return found
 
 
@@ -249,18 +258,33 @@ def set_overlap(replay: Replay, plan: Plan, prompt: int) -> Tensor:
         plan: what it ran.
         prompt: rows from here on are decode rows.
     """
-    assert plan.selector is not None
     every = plan.indexed()
     total, rows = torch.zeros(len(every), len(every), dtype=torch.float64), 0
-    for start in sorted({key[1] for key in replay.index_sets if key[1] >= prompt}):
-        sets = torch.stack([replay.index_sets[layer, start].any(1)[0] for layer in every])  # [layers, rows, keys]
-        keys = torch.arange(sets.shape[-1], device=sets.device)
-        at = torch.arange(start, start + sets.shape[1], device=sets.device)
-        free = (keys >= plan.selector.sinks)[None] & (at[:, None] - keys >= plan.selector.recent)
-        chosen = (sets & free).float()
+    for sets in chosen_sets(replay, plan, prompt):
+        chosen = sets.float()
         both = torch.einsum("irk,jrk->ijr", chosen, chosen)
         sizes = chosen.sum(-1)
         either = sizes[:, None] + sizes[None] - both
         total += (both / either.clamp_min(1)).sum(-1).double().cpu()
         rows += sets.shape[1]
     return total / max(1, rows)
+
+
+def chosen_sets(replay: Replay, plan: Plan, prompt: int) -> Iterator[Tensor]:
+    """Decode rows' index sets, tile by tile, without tokens kept in any case: bool [indexed layers, rows, keys]."""
+    sources = [plan.index_source(layer) for layer in plan.indexed()]
+    if plan.dsa is not None:
+        found = torch.stack([replay.index_sets[layer, 0][0] for layer in sources])  # [layers, tokens, top_k]
+        keys = torch.arange(found.shape[1], device=found.device)
+        for start in range(prompt, found.shape[1], ROWS):
+            part = found[:, start : start + ROWS].long()
+            at = torch.arange(start, start + part.shape[1], device=found.device)
+            sets = torch.zeros(*part.shape[:2], len(keys), dtype=torch.bool, device=found.device)
+            yield sets.scatter_(-1, part, True) & (keys <= at[:, None])
+        return
+    assert plan.selector is not None
+    for start in sorted({key[1] for key in replay.index_sets if key[1] >= prompt}):
+        sets = torch.stack([replay.index_sets[layer, start].any(1)[0] for layer in sources])
+        keys = torch.arange(sets.shape[-1], device=sets.device)
+        at = torch.arange(start, start + sets.shape[1], device=sets.device)
+        yield sets & (keys >= plan.selector.sinks) & (at[:, None] - keys >= plan.selector.recent)

@@ -2,7 +2,8 @@
 
 When a plan changes at layer l, everything below l stays as it was: hidden states at the boundary, index sets of the
 full layers below, and the whole prompt, where prefill rows never select and so a sharing pattern cannot touch them.
-What is left to compute is the decode rows through layers l and up. Where prefill rows select they are replayed too.
+What is left to compute is the decode rows through layers l and up. Where prefill rows select, as they always do in
+models with indexers of their own (DSA), they are replayed too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from sparsec.calibrate.decode import nll
 from sparsec.plan import Plan
 from sparsec.plugins.attention import Step
-from sparsec.plugins.families import decoder_layers, final_norm, lm_head
+from sparsec.plugins.families import attention_modules, decoder_layers, final_norm, lm_head
 from sparsec.plugins.runtime import new_cache, rows_as, stepping
 
 
@@ -31,16 +32,17 @@ class Replay:
     @torch.no_grad()
     def __init__(self, model: Any, tokens: Tensor, prompt: int) -> None:
         self.model = model
-        self.layers = decoder_layers(model)
+        self.layers, self.modules = decoder_layers(model), attention_modules(model)
         self.tokens = tokens[prompt:].to(model.device)
         self.calls: list[dict[str, Any]] = []  # what each layer was called with, beside the hidden states
         self.inputs: list[Tensor] = []  # hidden states at each layer boundary under the accepted plan
         self.index_sets: dict[tuple[int, int], Tensor] = {}
         cache, replayed = new_cache(model), self.tokens
-        selector = model.sparsec_plan.selector
         self.prompt = 0  # replayed rows that are prefill rows
-        if selector is not None and selector.prefill == "selector":
+        if model.sparsec_plan.selects_in_prefill:
             replayed, self.prompt = tokens.to(model.device), prompt
+            # Transformers' own cache layers would grow with every run.
+            cache = None if model.sparsec_plan.dsa is not None else cache
         else:
             with rows_as("prefill"):
                 ids = tokens[None, :prompt].to(model.device)
@@ -48,7 +50,7 @@ class Replay:
         hooks = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in self.layers]
         step = Step(decode=True, prompt=self.prompt, commit=False)
         with stepping(step):
-            model.get_decoder()(input_ids=replayed[None], past_key_values=cache, use_cache=True)
+            model.get_decoder()(input_ids=replayed[None], past_key_values=cache, use_cache=cache is not None)
         for hook in hooks:
             hook.remove()
         self.positions = step.positions
@@ -68,8 +70,10 @@ class Replay:
         for number in range(start, len(self.layers)):
             layer: Any = self.layers[number]
             boundaries.append(hidden)
-            layer.self_attn.sparsec.step = step
+            module: Any = self.modules[number]
+            module.sparsec.step = step
             hidden = layer(hidden, **self.calls[number])
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # some also hand their index set on
         logits = lm_head(self.model)(final_norm(self.model)(hidden[:, self.prompt :]))
         return nll(logits[0], self.tokens), boundaries, sets
 

@@ -9,7 +9,8 @@ Weights below are a row's true attention over all tokens it may see, A; K is wha
                  ``far_mass`` is the share of A that lies there.
     other        the same scores at the other granularity, blocks for tokens or tokens for blocks.
     oracle       the same rule (top-p, granularity, forced tokens, floor, union) on the true attention in place of the
-                 selector's scores: what a perfect indexer would keep.
+                 selector's scores: what a perfect indexer would keep. Of a model's own indexers (DSA): as many tokens,
+                 by the attention of all heads together.
 
 Forced tokens are counted as kept everywhere. A row with nothing outside the sinks (or the forced tokens) has no
 sinkless (or far) recall and does not count there.
@@ -76,7 +77,7 @@ class SelectorStats:
     def __call__(self, seen: Selection) -> None:
         """Add one tile of rows."""
         selector = seen.plan.selector
-        assert selector is not None
+        forced = (selector.sinks, selector.recent) if selector is not None else (0, 0)
         self.plan, self.itemsize = seen.plan, seen.k.element_size()
         logits = (seen.q.float() @ seen.k.float().transpose(-1, -2)) * seen.scale
         weights = logits.masked_fill(~seen.visible, float("-inf")).softmax(-1).nan_to_num(0.0)
@@ -89,17 +90,20 @@ class SelectorStats:
 
         k_pos = seen.k_pos[:, None, None, :]
         distance = seen.q_pos[:, None, :, None] - k_pos
-        sinks = k_pos < selector.sinks
+        sinks = k_pos < forced[0]
         found = weights * keep
         figures = [found.sum(-1), keep.sum(-1)]
-        for left_out in (sinks, sinks | (distance < selector.recent)):
+        for left_out in (sinks, sinks | (distance < forced[1])):
             whole = weights.masked_fill(left_out, 0.0).sum(-1)
             figures.append(found.masked_fill(left_out, 0.0).sum(-1) / whole)  # 0 / 0 is no number, and is not counted
         each = by_head((*figures, whole), real)
 
         some = _sampled(seen.q_pos.shape[1])
         chosen = []
-        for choice in (self._other(seen, selector, some), _oracle(seen, logits, selector, some)):
+        for choice in (self._other(seen, some), _oracle(seen, logits, weights, some)):
+            if choice is None:
+                chosen += [torch.full_like(weights[:, :, some, 0], torch.nan)] * 2
+                continue
             kept = choice.expand(-1, len(seen.heads), -1, -1)
             chosen += [(weights[:, :, some] * kept).sum(-1), kept.sum(-1)]
         layer = self.layers.setdefault(seen.layer, _Layer(seen.heads))
@@ -108,8 +112,11 @@ class SelectorStats:
         layer.union.append(_union(seen, keep, distance).flatten()[real])
         layer.context.append(seen.visible.sum(-1).flatten()[real])
 
-    def _other(self, seen: Selection, selector: Selector, some: slice) -> Tensor:
-        """The other granularity; a layer that shares takes it from the layer it shares with."""
+    def _other(self, seen: Selection, some: slice) -> Tensor | None:
+        """The other granularity; a layer that shares takes it from the layer it shares with. DSA has none."""
+        selector = seen.plan.selector
+        if selector is None:
+            return None
         keys = seen.k_pos.shape[1]
         if seen.scores is not None:
             turned = selector.model_copy(update={"granularity": other_granularity(selector)})
@@ -127,8 +134,9 @@ class SelectorStats:
 
     def summary(self) -> dict[str, Any]:
         """The same over all retrieval heads and rows, what was run, and the bytes; empty where nothing was selected."""
-        if not self.layers or self.plan is None or self.plan.selector is None:
+        if not self.layers or self.plan is None:
             return {}
+        selector = self.plan.selector
         layers = [layer.figures() for layer in self.layers.values()]
         together = {name: torch.cat([figures[name].flatten() for figures in layers]) for name in layers[0]}
         context = self._contexts()
@@ -139,9 +147,9 @@ class SelectorStats:
             "rows": len(context),
             "sampled_rows": together["oracle_kept"].numel() // heads,
             "context_mean": float(context.float().mean()),
-            "granularity": self.plan.selector.granularity,
-            "block": self.plan.selector.block,
-            "forced": self.plan.selector.sinks + self.plan.selector.recent,
+            "granularity": selector.granularity if selector is not None else "token",
+            "block": selector.block if selector is not None else 1,
+            "forced": selector.sinks + selector.recent if selector is not None else 0,
             **_shown(together),
             "read": read.to_json() if read is not None else None,
         }
@@ -162,7 +170,7 @@ class SelectorStats:
 
     def _read(self, rows: Tensor) -> Read | None:
         assert self.plan is not None
-        if not bool(rows.any()):
+        if not bool(rows.any()) or self.plan.selector is None:
             return None
         kept = {i: float(torch.cat(layer.union).cpu()[rows].double().mean()) for i, layer in self.layers.items()}
         context = self._contexts()[rows]
@@ -180,12 +188,20 @@ def _sampled(rows: int) -> slice:
     return slice((rows - 1) % step, None, step)
 
 
-def _oracle(seen: Selection, logits: Tensor, selector: Selector, some: slice) -> Tensor:
+def _oracle(seen: Selection, logits: Tensor, weights: Tensor, some: slice) -> Tensor:
+    selector = seen.plan.selector
+    if selector is None:  # DSA: as many tokens, by the attention of all heads together
+        together = weights[:, :, some].sum(1, keepdim=True)
+        assert seen.plan.dsa is not None
+        best = together.topk(min(seen.plan.dsa.top_k, together.shape[-1]), dim=-1).indices
+        return torch.zeros_like(together, dtype=torch.bool).scatter_(-1, best, True) & seen.visible[:, :, some]
     return select(logits[:, :, some], seen.q_pos[:, some], seen.k_pos, selector, seen.plan.min_context)
 
 
 def _union(seen: Selection, keep: Tensor, distance: Tensor) -> Tensor:
     """Tokens that a step reads of each KV head for all of its query heads, summed over KV heads: [batch, rows]."""
+    if seen.plan.dsa is not None:  # latents, one for all heads
+        return keep[:, 0].sum(-1)
     group, window = seen.plan.model.group, seen.plan.window
     local = {head // group for head in seen.plan.layers[seen.layer].local}
     total = torch.zeros(keep.shape[0], keep.shape[2], device=keep.device)

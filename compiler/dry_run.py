@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 
 from sparsec.compiler.checkpoint import load_config
+from sparsec.compiler.registry import check_needs
 from sparsec.export.artifact import model_files
 from sparsec.layout import CARD, CONFIG, MANIFEST, MEASUREMENTS, REPORT, TENSORS
 from sparsec.passes.base import Pass
-from sparsec.plan import Plan
 from sparsec.plugins.device import device_map
-from sparsec.plugins.families import native_local_layers, shape_of
+from sparsec.plugins.families import base_plan
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def expect(path: Path, weights: Sequence[Path], passes: Sequence[Pass], device: 
         device: where they would run.
     """
     config = load_config(path)
-    plan = Plan.dense(shape_of(config), producer, native_local_layers(config))
+    plan = base_plan(config, producer)
+    check_needs(passes, plan)
     numbers, stored = _sizes(weights)
     speed = _flops(device)
     stages = []
@@ -60,7 +61,7 @@ def expect(path: Path, weights: Sequence[Path], passes: Sequence[Pass], device: 
         "files": sorted(
             {file.relative_to(path).as_posix() for file in model_files(path, weights)}
             | {CARD, CONFIG, MANIFEST, MEASUREMENTS, REPORT}
-            | ({TENSORS} if any("indexers" in each.gives for each in passes) else set())
+            | ({TENSORS} if plan.dsa is None and any("indexers" in each.gives for each in passes) else set())
         ),
     }
 

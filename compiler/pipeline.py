@@ -25,7 +25,7 @@ from sparsec.calibrate.trainable import put_weights
 from sparsec.compiler.checkpoint import load_config
 from sparsec.compiler.gate import Exam, shown, verdict
 from sparsec.compiler.recipe import Recipe
-from sparsec.compiler.registry import make_passes
+from sparsec.compiler.registry import check_needs, make_passes
 from sparsec.compiler.source import Source, load_model, load_tokenizer, open_source, weight_files
 from sparsec.compiler.stages import Stages, Stored, code_digest, fingerprint, tensors_digest
 from sparsec.compiler.versions import versions
@@ -47,7 +47,7 @@ from sparsec.layout import CARD, MEASUREMENTS, REPORT
 from sparsec.passes.base import Pass, Program, lacks
 from sparsec.plan import PassRecord, Plan
 from sparsec.plugins.device import check_dtype, device_map
-from sparsec.plugins.families import family_of, native_local_layers, shape_of
+from sparsec.plugins.families import base_plan
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import applied
 
@@ -95,13 +95,13 @@ def compile_model(job: Job) -> Outcome:
         recover(job.out)
         check_free(job.out, force=job.force)
         source = open_source(job.source, revision=job.revision, cache_dir=job.cache_dir, progress=_say(job))
-    family_of(load_config(source.path))
+    check_needs(passes, base_plan(load_config(source.path), PRODUCER))
     check_room(job.out, sum(file.stat().st_size for file in weight_files(source.path)))
     tokenizer = load_tokenizer(source)
     calibration = Calibration(read_corpus(job.recipe.calibration), tokenizer, seed=job.recipe.seed)
     compile_ = _Compile(job, source, load_model(source, device=job.device, dtype=job.dtype), calibration)
     for each in passes:
-        if each.trains:
+        if each.trains or compile_.program.plan.dsa is not None:
             compile_.measure_dense()
         compile_.run_pass(each)
         if each is not passes[-1]:
@@ -143,9 +143,7 @@ class _Compile:
         self.weights: dict[str, Tensor] = {}  # base weights that passes trained
         self.found: dict[str, dict[str, Any]] = {}  # the exam's results of the dense model, whole and in windows
         self._exam: Exam | None = None
-        native = native_local_layers(model.config)
-        plan = Plan.dense(shape_of(model.config), PRODUCER, native)
-        self.program = Program(model, plan, {}, job.recipe.seed, job.listen)
+        self.program = Program(model, base_plan(model.config, PRODUCER), {}, job.recipe.seed, job.listen)
 
     def run_pass(self, each: Pass) -> None:
         """One pass, or its stored result."""
@@ -183,7 +181,8 @@ class _Compile:
         """What the gate compares with, measured before any pass trains the weights: dense, and in windows only."""
         if "dense" in self.found:
             return
-        self.found["dense"] = self._measure("measure dense", None)
+        base = base_plan(self.program.model.config, PRODUCER)
+        self.found["dense"] = self._measure("measure dense", base if base.dsa is not None else None)
         if self.program.plan.window is not None:
             # Without the record of passes: whatever split the heads, windows alone are the same.
             blind = baseline_plan("window", self.program.plan)
@@ -221,7 +220,8 @@ class _Compile:
         """Drawn once the plan says how long a local window is."""
         if self._exam is None:
             recipe = self.job.recipe
-            self._exam = Exam.drawn(recipe.gate, self.program.plan, self.calibration, recipe.seed)
+            readable = int(self.program.model.config.max_position_embeddings)
+            self._exam = Exam.drawn(recipe.gate, self.program.plan, self.calibration, recipe.seed, readable)
         return self._exam
 
     def judge(self, aside: Path) -> dict[str, Any]:

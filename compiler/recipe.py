@@ -30,7 +30,12 @@ class Gate(Strict):
     max_loss: float = Field(
         default=0.05, ge=0, description="bits per byte above dense, as a share, in the decode regime"
     )
-    min_recall: float = Field(default=0.85, ge=0, le=1, description="true attention mass that selectors find, mean")
+    min_recall: float = Field(
+        default=0.85,
+        ge=0,
+        le=1,
+        description="attention mass that selectors find; of a model's own indexers: share of what they found",
+    )
     windows: int = Field(default=1, ge=1, description="held-out windows")
     context: int | None = Field(default=None, ge=64, description="tokens each; null: 4 local windows")
     rows: int = Field(default=512, ge=16, description="decode rows of each; the rest is the prompt")

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from sparsec.compiler.quiet import one_line
 from sparsec.errors import UsageError
-from sparsec.passes.base import TIERS, Pass, Tier
-from sparsec.plan import first_error
+from sparsec.passes.base import TIERS, Pass, Tier, met
+from sparsec.plan import Plan, first_error
 
 GROUP = "sparsec.passes"
 
@@ -103,7 +103,7 @@ def make_pass(kind: type[Pass], options: Mapping[str, Any]) -> Pass:
 
 
 def in_order(passes: Sequence[Pass]) -> list[Pass]:
-    """Stable topological order by ``after``; then every need must be met by a pass before it."""
+    """Stable topological order by ``after``."""
     names = {each.name for each in passes}
     for each in passes:
         for other in each.conflicts:
@@ -116,13 +116,26 @@ def in_order(passes: Sequence[Pass]) -> list[Pass]:
             raise UsageError(f"these passes each want to run after another: {', '.join(p.name for p in waiting)}")
         waiting.remove(ready)
         done.append(ready)
-    have: set[str] = set()
-    for each in done:
+    return done
+
+
+def check_needs(passes: Sequence[Pass], plan: Plan) -> None:
+    """Every need is met, by the model or by a pass before.
+
+    Args:
+        passes: in the order they run.
+        plan: the unchanged model's.
+
+    Raises:
+        UsageError: one is not; says which pass meets it.
+    """
+    have = met(plan)
+    for each in passes:
         for need in each.needs:
             if need not in have:
                 givers = [
                     name for name, kind in known_passes().items() if need in kind.gives and need not in kind.needs
                 ]
-                raise UsageError(f"{each.name} needs {need}: add one of {', '.join(givers)} to --passes")
+                others = f"add one of {', '.join(givers)} to --passes" if givers else "name another model or pass"
+                raise UsageError(f"{each.name} needs {need}: {others}")
         have |= set(each.gives)
-    return done

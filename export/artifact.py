@@ -22,12 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsec.errors import ArtifactError
+from sparsec.export import dsa
 from sparsec.export.aside import filling, locked, sync, sync_folder
 from sparsec.layout import CONFIG, MANIFEST, MEASUREMENTS, PLAN_KEY, TENSORS, is_artifact, read_json, sha256
 from sparsec.plan import Plan
 from sparsec.plugins.auto import write_tensors
 
 SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+INDEX = "model.safetensors.index.json"
 SPARE = 64 << 20  # bytes left for reports and file-system overhead
 
 
@@ -149,9 +151,13 @@ def write_model(
     for file in model_files(source, weights):
         place = aside / file.relative_to(source)
         place.parent.mkdir(exist_ok=True)
-        names = _stored_names(file) & left.keys() if file.suffix == ".safetensors" else set()
-        if names:
-            _rewrite(file, place, {name: left.pop(name) for name in names})
+        stored = _stored_names(file) if file.suffix == ".safetensors" else set()
+        gone = dsa.left_out(plan, stored)
+        names = (stored & left.keys()) - gone
+        if names or gone:
+            _rewrite(file, place, {name: left.pop(name) for name in names}, gone)
+        elif file.name == INDEX:
+            _rewrite_index(file, place, plan)
         else:
             shutil.copyfile(file, place)
     if left:
@@ -159,7 +165,7 @@ def write_model(
             f"the trained weight {min(left)} is not in the files of {source}: save the checkpoint again with "
             "save_pretrained of transformers and compile that"
         )
-    write_json(aside / CONFIG, {**read_json(source / CONFIG), PLAN_KEY: plan.to_json()})
+    write_json(aside / CONFIG, {**dsa.settings(plan, read_json(source / CONFIG)), PLAN_KEY: plan.to_json()})
     if tensors:
         write_tensors(aside / TENSORS, tensors)
 
@@ -169,14 +175,26 @@ def _stored_names(file: Path) -> set[str]:
         return set(stored.keys())
 
 
-def _rewrite(file: Path, place: Path, changed: Mapping[str, Tensor]) -> None:
-    """A weights file with some tensors replaced."""
+def _rewrite(file: Path, place: Path, changed: Mapping[str, Tensor], gone: set[str]) -> None:
+    """A weights file with some tensors replaced and others left out."""
     with safe_open(file, framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        tensors = {name: stored.get_tensor(name) for name in stored.keys() if name not in gone}  # noqa: SIM118
         metadata = stored.metadata()
     for name, weight in changed.items():
         tensors[name] = weight.to(tensors[name].dtype).contiguous()
     save_file(tensors, place, metadata=metadata)
+
+
+def _rewrite_index(file: Path, place: Path, plan: Plan) -> None:
+    """The index of shards without the tensors that are left out."""
+    index = read_json(file)
+    gone = dsa.left_out(plan, index["weight_map"])
+    if not gone:
+        shutil.copyfile(file, place)
+        return
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if name not in gone}
+    index.pop("metadata", None)  # its sizes are of the whole
+    write_json(place, index)
 
 
 def write_manifest(aside: Path, made: Mapping[str, Any]) -> None:

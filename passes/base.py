@@ -19,6 +19,8 @@ from sparsec.events import Listener, silent
 from sparsec.plan import Plan, Strict
 
 Tier = Literal["training-free", "minutes", "hours"]
+# Split heads, indexers of any kind, a model that is dense and not changed yet, a DSA model.
+Need = Literal["heads", "indexers", "a dense model", "a model with indexers of its own"]
 TIERS: tuple[Tier, ...] = ("training-free", "minutes", "hours")
 
 
@@ -62,8 +64,8 @@ class Pass(Strict):
     source: ClassVar[str]  # the paper
     after: ClassVar[tuple[str, ...]] = ()  # passes that run earlier if they run at all
     conflicts: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ()  # what the plan must have
-    gives: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ()  # what the plan has afterwards
+    needs: ClassVar[tuple[Need, ...]] = ()  # what the plan must have
+    gives: ClassVar[tuple[Need, ...]] = ()  # what the plan has afterwards
     trains: ClassVar[bool] = False  # changes base weights
     parallel: ClassVar[bool] = False  # run() divides its work among processes (sparsec.calibrate.ranks)
 
@@ -89,11 +91,18 @@ class Pass(Strict):
         """Expected cost on a model of this shape; max_positions is the longest context it reads."""
 
 
-def lacks(plan: Plan, needs: tuple[str, ...]) -> list[str]:
+def met(plan: Plan) -> set[Need]:
+    """What the plan has."""
+    have: dict[Need, bool] = {
+        "heads": any(layer.local for layer in plan.layers),
+        "indexers": bool(plan.indexed()),
+        "a dense model": plan.is_dense,
+        "a model with indexers of its own": plan.dsa is not None,
+    }
+    return {need for need, there in have.items() if there}
+
+
+def lacks(plan: Plan, needs: tuple[Need, ...]) -> list[Need]:
     """What of ``needs`` the plan does not have."""
-    have = set()
-    if any(layer.local for layer in plan.layers):
-        have.add("heads")
-    if plan.indexed():
-        have.add("indexers")
+    have = met(plan)
     return [need for need in needs if need not in have]

@@ -20,7 +20,7 @@ from sparsec.calibrate.teacher import TopK, identity, read_top_k, save_top_k, to
 from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, trainable
 from sparsec.errors import PlanError
 from sparsec.events import Event
-from sparsec.passes.base import Cost, Pass, PassResult, Program, Tier
+from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
 from sparsec.plan import Plan
 from sparsec.plugins.runtime import applied
 
@@ -49,7 +49,7 @@ class Distill(Pass):
     summary: ClassVar[str] = "train the weights under the plan against the dense model (RTPurbo's second stage)"
     source: ClassVar[str] = "RTPurbo, arXiv 2605.16928"
     after: ClassVar[tuple[str, ...]] = ("rtpurbo", "razor", "window", "indexcache")
-    needs: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ("heads",)
+    needs: ClassVar[tuple[Need, ...]] = ("heads",)
     trains: ClassVar[bool] = True
     parallel: ClassVar[bool] = True
 

@@ -6,7 +6,8 @@ DSA models, where a layer has one index set. rtpurbo's indexers choose per head,
 over its retrieval heads first; that, and sharing such unions, is ours (no paper does it).
 
 Sets made for one layer fit others badly, so the kept indexers are then trained for all layers that read them
-(calibrate/shared_fit.py), as in the paper's training-aware variant; the model's own weights stay as they are.
+(calibrate/shared_fit.py), as in the paper's training-aware variant; the model's own weights stay as they are. In a
+model with indexers of its own (DSA) those are searched and trained (calibrate/dsa_fit.py), and no other weight.
 
 The loss is taken in the deployed decode regime. A candidate costs only the decode rows through the layers from the
 flipped one up: everything below is reused, and the pattern and losses are those of the plain search.
@@ -16,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from sparsec.calibrate.dsa_fit import train_dsa
 from sparsec.calibrate.fit_windows import FitText, fit_windows
 from sparsec.calibrate.indexer_fit import Forced
 from sparsec.calibrate.needles import needle_documents
@@ -29,7 +31,7 @@ from sparsec.calibrate.replay import with_pattern
 from sparsec.calibrate.shared_fit import assigned, mean_multi_layer, readers, train_shared
 from sparsec.calibrate.splits import Calibration
 from sparsec.errors import PlanError
-from sparsec.passes.base import Cost, Pass, PassResult, Program, Tier
+from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
 from sparsec.plan import Plan
 from sparsec.plugins.runtime import applied, tensor_names
 
@@ -47,8 +49,8 @@ class IndexCache(Pass):
     summary: ClassVar[str] = "share index sets between layers: greedy search, then indexers trained for all they serve"
     source: ClassVar[str] = "IndexCache, arXiv 2603.12201"
     after: ClassVar[tuple[str, ...]] = ("rtpurbo",)
-    needs: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ("indexers",)
-    gives: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ("indexers",)
+    needs: ClassVar[tuple[Need, ...]] = ("indexers",)
+    gives: ClassVar[tuple[Need, ...]] = ("indexers",)
     parallel: ClassVar[bool] = True
 
     keep: float | None = Field(default=0.25, gt=0, le=1, description="share of indexed layers that keep an indexer")
@@ -62,7 +64,9 @@ class IndexCache(Pass):
     needles: int = Field(default=4, ge=1, description="needles a document")
     needle_words: int = Field(default=24, ge=4, description="words a needle")
     steps: int = Field(default=240, ge=0, description="training steps of kept indexers for all layers they serve")
-    lr: float = Field(default=5e-3, gt=0, description="its peak learning rate")
+    lr: float = Field(
+        default=5e-3, gt=0, description="its peak learning rate; of a model's own indexers 1e-3 by default"
+    )
     fit_windows: int = Field(default=4, ge=1, description="text windows it reads, and as many needle documents")
     fit_rows: int = Field(default=512, ge=64, description="query rows sampled from each")
     reach: int | None = Field(
@@ -70,6 +74,9 @@ class IndexCache(Pass):
     )
     order: Order = Field(
         default="exact", description="lazy re-tries only candidates that were best before: an approximation, cheaper"
+    )
+    margin: float | None = Field(
+        default=None, gt=0, description="stop where the best flip is within so many standard errors of the second best"
     )
     near_full: int = Field(default=1, ge=1, description="first indexed layers that keep their indexer")
     stages: int = Field(
@@ -109,7 +116,7 @@ class IndexCache(Pass):
         full = self._target(len(every))
         with applied(model, plan, program.tensors):
             search = Search(model, plan, program.tensors, windows, length - rows, self.reuse, program.listen, state)
-            search.run(Goal(full, self.max_loss, self._fixed(plan), self.order))
+            search.run(Goal(full, self.max_loss, self._fixed(plan), self.order, self.margin))
             others = self._others(search, plan)
         flips, plan = search.flips, search.plan
         tensors = _needed(plan, program.tensors)
@@ -133,9 +140,13 @@ class IndexCache(Pass):
             "context": length,
             "rows": rows,
         }
+        weights: dict[str, Tensor] = {}
         if self.steps and "S" in plan.pattern:
-            tensors, measured["trained"] = self._train(program, calibration, plan, tensors, length)
-        return PassResult(plan, tensors, measured)
+            if plan.dsa is not None:
+                weights, measured["trained"] = self._train_own(program, calibration, plan, length)
+            else:
+                tensors, measured["trained"] = self._train(program, calibration, plan, tensors, length)
+        return PassResult(plan, tensors, measured, weights)
 
     def _fixed(self, plan: Plan) -> frozenset[int]:
         """Layers that keep their indexer: the first ones, and the first indexed one of every pipeline stage."""
@@ -193,7 +204,7 @@ class IndexCache(Pass):
         before = mean_multi_layer(windows, weights, served, forced)
         weights, served, losses = train_shared(
             windows, weights, plan,
-            forced=forced, steps=self.steps, lr=self.lr, seed=program.seed, listen=program.listen,
+            forced=forced, steps=self.steps, lr=self.lr or 5e-3, seed=program.seed, listen=program.listen,
         )  # fmt: skip
         trained = {
             name: weight.cpu() for i, pair in weights.items() for name, weight in zip(names[i], pair, strict=True)
@@ -206,6 +217,23 @@ class IndexCache(Pass):
             "rows": self.fit_rows,
             "serves": {str(i): [layer for layer in layers if layer != i] for i, layers in readers(plan).items()},
         }
+
+    def _train_own(
+        self, program: Program, calibration: Calibration, plan: Plan, length: int
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The same for a model's own indexers, which are base weights."""
+        seed = program.seed + 2
+        return train_dsa(
+            program.model,
+            plan,
+            list(calibration.windows("train", length, self.fit_windows, seed=seed)),
+            list(calibration.windows("search", length, 1, seed=seed)),
+            rows=min(self.fit_rows, length),
+            steps=self.steps,
+            lr=self.lr or 1e-3,
+            seed=program.seed,
+            listen=program.listen,
+        )
 
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """Half a forward of the decode rows for every candidate, the prompts once, and the windows of the fit."""
@@ -230,7 +258,7 @@ class IndexCache(Pass):
             split="search",
             count=self.documents,
             length=length,
-            window=plan.window.size if plan.window else length // 4,
+            window=plan.window.size if plan.window else length // 8,
             sinks=plan.window.sinks if plan.window else 4,
             needles_per_document=self.needles,
             words=self.needle_words,

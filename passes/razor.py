@@ -8,7 +8,7 @@ Nothing is trained, and no text is read. What the paper leaves open and what is 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -18,7 +18,7 @@ from sparsec.calibrate.repeats import repeat_scores, repeats
 from sparsec.calibrate.splits import Calibration
 from sparsec.errors import CalibrationError
 from sparsec.events import Event
-from sparsec.passes.base import Cost, Pass, PassResult, Program, Tier
+from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
 from sparsec.passes.split import Granularity, best_heads, by_layer, causal_check, scaled_window, split_plan, splittable
 from sparsec.plan import Plan, Window
 
@@ -31,7 +31,8 @@ class Razor(Pass):
     summary: ClassVar[str] = "keep echo and induction heads dense, window the other heads"
     source: ClassVar[str] = "RazorAttention, arXiv 2407.15891"
     conflicts: ClassVar[tuple[str, ...]] = ("rtpurbo", "window")
-    gives: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ("heads",)
+    needs: ClassVar[tuple[Need, ...]] = ("a dense model",)
+    gives: ClassVar[tuple[Need, ...]] = ("heads",)
 
     induction: float = Field(default=0.14, ge=0, lt=1, description="share of heads kept for their induction score")
     echo: float = Field(default=0.01, ge=0, lt=1, description="share of heads kept for their echo score")

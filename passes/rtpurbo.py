@@ -27,7 +27,7 @@ from sparsec.calibrate.retrieval_heads import needle_mass
 from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.splits import Calibration
 from sparsec.events import Event, tracked
-from sparsec.passes.base import Cost, Pass, PassResult, Program, Tier
+from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
 from sparsec.passes.split import (
     Granularity,
     Heads,
@@ -58,7 +58,8 @@ class Rtpurbo(Pass):
     summary: ClassVar[str] = "keep retrieval heads with low-rank indexers, window the other heads"
     source: ClassVar[str] = "RTPurbo, arXiv 2605.16928"
     conflicts: ClassVar[tuple[str, ...]] = ("razor", "window")
-    gives: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ("heads", "indexers")
+    needs: ClassVar[tuple[Need, ...]] = ("a dense model",)
+    gives: ClassVar[tuple[Need, ...]] = ("heads", "indexers")
 
     ratio: float = Field(default=0.15, gt=0, lt=1, description="share of heads kept as retrieval heads")
     granularity: Granularity = Field(

@@ -36,6 +36,8 @@ def splittable(program: Program, name: str) -> Tensor:
     Raises:
         PlanError: the plan is not dense, or the model has no such layer.
     """
+    if program.plan.dsa is not None:
+        raise PlanError(f"{name} is for dense models, this one chooses keys with indexers of its own: use indexcache")
     if any(layer.local for layer in program.plan.layers):
         raise PlanError(f"{name} starts from a dense plan, this one already has local heads: run it first")
     allowed = torch.ones(program.plan.model.layers, dtype=torch.bool)

@@ -6,13 +6,13 @@ what left the window. Tokens keep their own positions here; the paper renumbers 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
 from sparsec.calibrate.splits import Calibration
 from sparsec.events import Event
-from sparsec.passes.base import Cost, Pass, PassResult, Program, Tier
+from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
 from sparsec.passes.split import scaled_window, split_plan, splittable
 from sparsec.plan import Plan
 from sparsec.plan import Window as WindowPlan
@@ -26,7 +26,8 @@ class Window(Pass):
     summary: ClassVar[str] = "window every head: the baseline"
     source: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
     conflicts: ClassVar[tuple[str, ...]] = ("rtpurbo", "razor")
-    gives: ClassVar[tuple[Literal["heads", "indexers"], ...]] = ("heads",)
+    needs: ClassVar[tuple[Need, ...]] = ("a dense model",)
+    gives: ClassVar[tuple[Need, ...]] = ("heads",)
 
     window: int | None = Field(default=None, ge=1, description="null: 1/16 of what the model reads, at most 8192")
     sinks: int = Field(default=4, ge=0, description="first tokens that heads always see")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsec.plan import LayerPlan, Plan
+from sparsec.plan import Dsa, LayerPlan, Plan
 from sparsec.plugins.blocks import Groups, choose_blocks, group_numbers, groups_of, kept_keys
 from sparsec.plugins.cache import SparseLayer
 from sparsec.plugins.compensation import Dropped, compensated
@@ -40,6 +40,7 @@ class Selection:
     q_pos: Tensor  # [batch, rows] token numbers, -1 padding
     k_pos: Tensor  # [batch, keys]
     scores: Callable[[], Tensor] | None = None  # of decode rows, before softmax and mask; None in a shared layer
+    beside: Tensor | None = None  # as ``keep``: what Step.beside would keep
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Step:
     observe_prefill: Callable[[Selection], None] | None = None  # prefill rows, where the selector chooses for them
     # By layer and the tile's first column of ``positions``: kept keys, or of prefill rows kept key blocks.
     index_sets: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    beside: Dsa | None = None  # observers also see what a model's own indexers would choose in this way
     positions: Tensor | None = None  # [batch, keys] token numbers, -1 padding
 
 

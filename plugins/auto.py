@@ -49,7 +49,8 @@ class SparseMixin:
         if plan is None:
             return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         state = kwargs.pop("state_dict", None) or self.state_dict()  # type: ignore[attr-defined]
-        kwargs["state_dict"] = {key: value for key, value in state.items() if ".indexer." not in key}
+        added = tensor_names(plan)
+        kwargs["state_dict"] = {key: value for key, value in state.items() if key not in added}
         setattr(self.config, PLAN_KEY, plan.to_json())
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         write_tensors(Path(save_directory) / TENSORS, indexer_tensors(self))  # type: ignore[arg-type]

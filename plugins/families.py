@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from sparsec.errors import SourceError
-from sparsec.plan import ModelShape
+from sparsec.plan import Dsa, ModelShape, Plan
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Family:
     attention_norm: str = "input_layernorm"
     mlp: str = "mlp"
     mlp_norm: str = "post_attention_layernorm"
+    # Of families with indexers of their own (DSA): how rotary dimensions are paired in an indexer. Attention itself,
+    # whose keys are latents (MLA), pairs neighbours in both.
+    dsa: Literal["half", "interleaved"] | None = None
 
 
 FAMILIES = {
@@ -41,6 +44,8 @@ FAMILIES = {
         Family("qwen3"),
         Family("gemma3_text", mlp_norm="pre_feedforward_layernorm"),
         Family("phi3"),
+        Family("deepseek_v32", dsa="half"),
+        Family("glm_moe_dsa", dsa="interleaved"),
     )
 }
 
@@ -62,15 +67,27 @@ def family_of(config: Any) -> Family:
 
 def shape_of(config: Any) -> ModelShape:
     """The attention shape; head_dim is read, not divided out: many models set it apart from hidden_size."""
-    family_of(config)
+    latent = family_of(config).dsa is not None
     heads = config.num_attention_heads
     return ModelShape(
         model_type=config.model_type,
         layers=config.num_hidden_layers,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        # There, head_dim is that of the rotary part alone.
+        head_dim=config.qk_head_dim if latent else getattr(config, "head_dim", None) or config.hidden_size // heads,
     )
+
+
+def base_plan(config: Any, producer: str) -> Plan:
+    """The plan of the unchanged model: dense, its own sliding layers left alone; or its own indexers, as they are."""
+    shape = shape_of(config)
+    if family_of(config).dsa is None:
+        return Plan.dense(shape, producer, native_local_layers(config))
+    dsa = Dsa(top_k=config.index_topk, heads=config.index_n_heads, dim=config.index_head_dim)
+    # Only glm_moe_dsa's own code knows layers without an indexer.
+    kinds = tuple(getattr(config, "indexer_types", None) or ("full",) * shape.layers)
+    return Plan.indexing(shape, producer, dsa, kinds)
 
 
 def sliding_window_is_whole(config: Any) -> bool:

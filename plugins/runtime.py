@@ -23,6 +23,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from sparsec.errors import PlanError
 from sparsec.plan import Plan
+from sparsec.plugins import dsa
 from sparsec.plugins.attention import Step, layer_runtime, sparsec_attention
 from sparsec.plugins.cache import SparseLayer
 from sparsec.plugins.families import attention_modules, native_local_layers, shape_of
@@ -53,7 +54,7 @@ def tensor_names(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Every tensor the plan needs beside the base weights, with its shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for i, layer in enumerate(plan.layers):
-        if layer.index == "full" and plan.selector is not None:
+        if layer.index == "full" and plan.selector is not None:  # a model's own indexers are base weights
             shape = (len(layer.retrieval), plan.selector.rank, plan.model.head_dim)
             for part in ("q_proj", "k_proj"):
                 shapes[f"model.layers.{i}.self_attn.indexer.{part}.weight"] = shape
@@ -72,6 +73,7 @@ def check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     for i in native_local_layers(model.config):
         if plan.layers[i].heads is not None:
             raise PlanError(f"the plan changes layer {i}, which the model itself runs with a sliding window")
+    dsa.check(model, plan)
     expected = tensor_names(plan)
     for name, size in expected.items():
         if name not in tensors:
@@ -99,7 +101,19 @@ def install(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None
     """
     check(model, plan, tensors)
     uninstall(model)
-    hooks = []
+    dense = getattr(model.config, "_attn_implementation", None)
+    hooks = dsa.install(model, plan) if plan.dsa is not None else _install_heads(model, plan, tensors)
+    hooks.append(model.get_decoder().register_forward_pre_hook(_begin_call, with_kwargs=True))  # type: ignore[operator]
+    object.__setattr__(model, "sparsec_installed", (hooks, dense))
+    object.__setattr__(model, "sparsec_plan", plan)
+    object.__setattr__(model.get_decoder(), "sparsec_plan", plan)  # type: ignore[operator]
+    object.__setattr__(model.get_decoder(), "sparsec_modules", attention_modules(model))  # type: ignore[operator]
+    model.set_attn_implementation(NAME if plan.dsa is None else dsa.NAME)  # type: ignore[operator]
+
+
+def _install_heads(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> list[Any]:
+    """Runtimes and indexers of a plan that splits heads."""
+    hooks: list[Any] = []
     for i, module in enumerate(attention_modules(model)):
         device = next(module.parameters()).device
         indexer = None
@@ -109,12 +123,7 @@ def install(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None
             module.indexer = indexer
         object.__setattr__(module, "sparsec", layer_runtime(plan, i, indexer, device))
         hooks.append(module.register_forward_pre_hook(_note_call, with_kwargs=True))
-    hooks.append(model.get_decoder().register_forward_pre_hook(_begin_call, with_kwargs=True))  # type: ignore[operator]
-    dense = getattr(model.config, "_attn_implementation", None)
-    object.__setattr__(model, "sparsec_installed", (hooks, dense))
-    object.__setattr__(model, "sparsec_plan", plan)
-    object.__setattr__(model.get_decoder(), "sparsec_plan", plan)  # type: ignore[operator]
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    return hooks
 
 
 def uninstall(model: nn.Module) -> None:
@@ -125,12 +134,15 @@ def uninstall(model: nn.Module) -> None:
     hooks, dense = installed
     for hook in hooks:
         hook.remove()
+    if model.sparsec_plan.dsa is not None:  # type: ignore[union-attr]
+        dsa.uninstall(model)
     for module in attention_modules(model):
         del module.sparsec
-        if hasattr(module, "indexer"):
+        if isinstance(getattr(module, "indexer", None), Indexer):
             del module.indexer
-    del model.sparsec_installed, model.sparsec_plan, model.get_decoder().sparsec_plan  # type: ignore[operator]
-    model.set_attn_implementation(dense)  # type: ignore[operator]
+    del model.sparsec_installed, model.sparsec_plan
+    del model.get_decoder().sparsec_plan, model.get_decoder().sparsec_modules
+    model.set_attn_implementation(dense)
 
 
 @contextmanager
@@ -169,6 +181,8 @@ def stepping(step: Step) -> Iterator[None]:
 
 def new_cache(model: nn.Module) -> Cache:
     """An empty cache for a model with a plan; pass it as ``past_key_values`` and keep it for the next turn."""
+    if model.sparsec_plan.dsa is not None:  # type: ignore[union-attr]
+        return DynamicCache(config=model.config)
     return fill_cache(DynamicCache(config=model.config), model.sparsec_plan, model.config)  # type: ignore[arg-type]
 
 
@@ -196,13 +210,15 @@ def fill_cache(cache: Cache, plan: Plan, config: Any) -> Cache:
 
 
 def kv_bytes(cache: Cache) -> int:
-    """Bytes resident in a cache: keys, values and index keys of all layers."""
+    """Bytes resident in a cache: keys, values (or latents) and index keys of all layers."""
     total = 0
     for layer in cache.layers:
         if isinstance(layer, SparseLayer):
             total += layer.nbytes
         elif layer.keys is not None:
             total += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
+            own = getattr(layer, "indexer_keys", None)
+            total += own.untyped_storage().nbytes() if own is not None else 0
     return total
 
 
@@ -223,7 +239,7 @@ def _begin_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     cache = kwargs.get("past_key_values")
     if cache is None and kwargs.get("use_cache"):
         cache = kwargs["past_key_values"] = DynamicCache(config=config)
-    if cache is not None:
+    if cache is not None and plan.dsa is None:
         fill_cache(cache, plan, config)
     if kwargs.get("output_attentions"):
         raise ValueError("sparse attention has no dense attention weights to return: drop output_attentions")
@@ -238,8 +254,8 @@ def _begin_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     else:
         step.index_sets.clear()
         step.positions = None
-    for layer in decoder.layers:  # type: ignore[union-attr]
-        layer.self_attn.sparsec.step = step
+    for module in decoder.sparsec_modules:  # type: ignore[union-attr]
+        module.sparsec.step = step
     return args, kwargs
 
 

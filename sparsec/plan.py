@@ -78,6 +78,47 @@ class Selector(Strict):
     )
 
 
+class Hisa(Strict):
+    """Blocks are ranked by their mean index key first, tokens only in the best ones (HISA, arXiv 2603.28458)."""
+
+    block: int = Field(ge=1, description="tokens a block; blocks start at multiples of it")
+    blocks: int = Field(ge=1, description="best blocks whose tokens are scored, beside the first and the query's own")
+    min_context: int = Field(default=0, ge=0, description="queries of at most so many tokens score all of them")
+
+
+class Misa(Strict):
+    """Each query scores tokens with its best indexer heads alone (MISA, arXiv 2605.07363)."""
+
+    heads: int = Field(ge=1, description="indexer heads a query uses")
+    block: int = Field(ge=1, description="tokens a block, whose mean index key ranks the heads")
+    candidates: int | None = Field(
+        default=None, ge=1, description="two stages: the best so many tokens are scored again with all heads"
+    )
+    min_context: int = Field(default=0, ge=0, description="queries of at most so many tokens use all heads")
+
+
+class Dsa(Strict):
+    """The model's own indexers (DeepSeek sparse attention): one set a layer for all its query heads, in prefill too."""
+
+    top_k: int = Field(ge=1, description="tokens that a query attends to")
+    heads: int = Field(ge=1, description="indexer heads")
+    dim: int = Field(ge=1, description="dimensions of an indexer head, and of an index key")
+    hisa: Hisa | None = Field(default=None, description="null: all tokens are scored")
+    misa: Misa | None = Field(default=None, description="null: with all indexer heads")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hisa is not None and self.hisa.block * self.hisa.blocks < self.top_k:
+            raise ValueError(
+                f"{self.hisa.blocks} blocks of {self.hisa.block} tokens hold fewer than the {self.top_k} to be chosen"
+            )
+        if self.misa is not None and self.misa.heads > self.heads:
+            raise ValueError(f"{self.misa.heads} heads are to be routed, an indexer has {self.heads}")
+        if self.misa is not None and self.misa.candidates is not None and self.misa.candidates < self.top_k:
+            raise ValueError(f"{self.misa.candidates} candidates are fewer than the {self.top_k} to be chosen")
+        return self
+
+
 class LayerPlan(Strict):
     """One decoder layer."""
 
@@ -120,7 +161,8 @@ class Plan(Strict):
     producer: str = Field(description="name and version of the writer")
     model: ModelShape
     window: Window | None = Field(default=None, description="of all local heads")
-    selector: Selector | None = Field(default=None, description="of all layers with an index")
+    selector: Selector | None = Field(default=None, description="of all layers with an index that a pass fitted")
+    dsa: Dsa | None = Field(default=None, description="of all layers with an index, where the indexers are the model's")
     min_context: int = Field(
         default=0, ge=0, description="a query whose context, itself included, is at most this long is dense"
     )
@@ -132,6 +174,12 @@ class Plan(Strict):
         """The plan of the unchanged model: every head retrieval, no index; ``native`` layers are left alone."""
         layers = [{"heads": None if i in native else (1,) * model.heads} for i in range(model.layers)]
         return cls.parse({"producer": producer, "model": model, "layers": layers})
+
+    @classmethod
+    def indexing(cls, model: ModelShape, producer: str, dsa: Dsa, index: tuple[str, ...]) -> Plan:
+        """The plan of an unchanged model with indexers of its own; ``index``: full or shared, by layer."""
+        layers = [{"heads": (1,) * model.heads, "index": kind} for kind in index]
+        return cls.parse({"producer": producer, "model": model, "layers": layers, "dsa": dsa.model_dump()})
 
     @classmethod
     def parse(cls, data: object) -> Plan:
@@ -170,6 +218,11 @@ class Plan(Strict):
         """No head is local and no layer has an index."""
         return all(not layer.local and layer.index == "none" for layer in self.layers)
 
+    @property
+    def selects_in_prefill(self) -> bool:
+        """Prompt rows choose keys as well: by blocks, or with the model's own indexers."""
+        return self.dsa is not None or (self.selector is not None and self.selector.prefill == "selector")
+
     def indexed(self) -> tuple[int, ...]:
         """Layers with an index, full or shared, ascending."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.index != "none")
@@ -187,6 +240,8 @@ class Plan(Strict):
     def _check(self) -> Self:
         if len(self.layers) != self.model.layers:
             raise ValueError(f"{len(self.layers)} layers are planned, the model has {self.model.layers}")
+        if self.dsa is not None and (self.selector is not None or any(layer.local for layer in self.layers)):
+            raise ValueError("a model with indexers of its own takes no others, and no local heads")
         full_below = False
         for i, layer in enumerate(self.layers):
             if layer.heads is not None and len(layer.heads) != self.model.heads:
@@ -197,12 +252,12 @@ class Plan(Strict):
                 continue
             if not layer.retrieval:
                 raise ValueError(f"layer {i} has an index, but no retrieval head")
-            if self.selector is None:
+            if self.selector is None and self.dsa is None:
                 raise ValueError(f"layer {i} has an index, but the plan has no selector")
             if layer.index == "shared":
                 if not full_below:
                     raise ValueError(f"layer {i} shares an index, but no layer below it has one of its own")
-                if self.selector.scope != "layer":
+                if self.selector is not None and self.selector.scope != "layer":
                     raise ValueError("shared layers need the selector's scope to be 'layer'")
             full_below |= layer.index == "full"
         return self

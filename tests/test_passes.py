@@ -18,12 +18,12 @@ from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.splits import Calibration
 from sparsec.compiler.pipeline import Job, compile_model
 from sparsec.compiler.recipe import make_recipe, read_recipe
-from sparsec.compiler.registry import GROUP, in_order, known_passes, make_passes
+from sparsec.compiler.registry import GROUP, check_needs, in_order, known_passes, make_passes
 from sparsec.errors import PlanError, UsageError
 from sparsec.events import Event
 from sparsec.layout import TENSORS
 from sparsec.passes.base import Cost, Pass, PassResult, Program, lacks
-from sparsec.plan import Plan
+from sparsec.plan import ModelShape, Plan
 from sparsec.plugins.families import attention_modules, shape_of
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import applied, check, tensor_names
@@ -330,11 +330,15 @@ def test_passes_that_exclude_each_other_are_a_usage_error() -> None:
 
 
 def test_what_a_pass_needs_must_be_given_before_it() -> None:
+    dense = Plan.dense(ModelShape(model_type="llama", layers=2, heads=2, kv_heads=2, head_dim=8), "test")
+    late, before = fake("late", needs=("indexers",)), fake("before", gives=("indexers",), after=("late",))
     with pytest.raises(UsageError, match="late needs indexers: add one of rtpurbo to --passes"):
-        in_order([fake("late", needs=("indexers",))])
-    before = fake("before", gives=("indexers",), after=("late",))
+        check_needs([late], dense)
     with pytest.raises(UsageError, match="late needs indexers"):
-        in_order([fake("late", needs=("indexers",)), before])
+        check_needs(in_order([late, before]), dense)
+    check_needs([before, late], dense)
+    with pytest.raises(UsageError, match="own needs a model with indexers of its own: name another model or pass"):
+        check_needs([fake("own", needs=("a model with indexers of its own",))], dense)
 
 
 # Third parties

@@ -1,0 +1,289 @@
+"""Models with indexers of their own: the plan's runtime beside the model's code, sharing, HISA and MISA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DeepseekV32Config, GlmMoeDsaConfig
+
+from sparsec.calibrate.decode import decode_rows
+from sparsec.calibrate.replay import Replay, share, with_pattern
+from sparsec.errors import PlanError
+from sparsec.export.dsa import settings, uniform
+from sparsec.plan import Dsa, Plan
+from sparsec.plugins.attention import Step
+from sparsec.plugins.dsa_choice import choose, flat
+from sparsec.plugins.families import base_plan
+from sparsec.plugins.runtime import applied, stepping
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "index_head_dim": 16,
+    "index_n_heads": 16,
+    "index_topk": 8,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {"deepseek_v32": DeepseekV32Config, "glm_moe_dsa": GlmMoeDsaConfig}
+TOKENS = 60
+
+
+def dsa_config(family: str, layers: int = 4, **changes: Any) -> Any:
+    return FAMILIES[family](**{**SIZES, "num_hidden_layers": layers, **changes})
+
+
+def dsa_model(family: str, layers: int = 4, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(dsa_config(family, layers, **changes)).eval().requires_grad_(False)
+    for name, weight in made.named_parameters():
+        if "norm" not in name:
+            weight.mul_(6)  # attention sharp enough, and different enough between layers, for a choice to matter
+    return made
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    return dsa_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(3, 64, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def patterned(plan: Plan, pattern: str) -> Plan:
+    return with_pattern(plan, {i: {"F": "full", "S": "shared"}[letter] for i, letter in enumerate(pattern)})
+
+
+def test_the_unchanged_plan_runs_as_the_models_own_code(model: Any, tokens: Tensor) -> None:
+    expected = model(tokens).logits
+    with applied(model, base_plan(model.config, "test")):
+        torch.testing.assert_close(model(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(tokens).logits, expected)
+
+
+def test_generation_with_padding_is_the_models_own(model: Any, tokens: Tensor) -> None:
+    mask = torch.ones_like(tokens)
+    mask[0, :20] = 0
+    asked = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(tokens, **asked)
+    with applied(model, base_plan(model.config, "test")):
+        assert torch.equal(model.generate(tokens, **asked), expected)
+
+
+def test_sharing_is_that_of_transformers_own_shared_layers(tokens: Tensor) -> None:
+    model = dsa_model("glm_moe_dsa")
+    theirs = dsa_model("glm_moe_dsa", indexer_types=["full", "shared", "full", "shared"])
+    theirs.load_state_dict({k: v for k, v in model.state_dict().items() if k in theirs.state_dict()})
+    with applied(model, patterned(base_plan(model.config, "test"), "FSFS")):
+        found = model(tokens).logits
+    torch.testing.assert_close(found, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, model(tokens).logits, atol=1e-3)
+    # A source that shares already keeps doing so.
+    plan = base_plan(theirs.config, "test")
+    assert plan.pattern == "FSFS"
+    with applied(theirs, plan):
+        torch.testing.assert_close(theirs(tokens).logits, found, atol=1e-5, rtol=1e-5)
+    assert theirs.model.layers[1].self_attn.indexer is None
+
+
+def test_prefill_and_steps_are_one_pass_and_shared_layers_hold_no_index_keys(model: Any, tokens: Tensor) -> None:
+    plan = patterned(base_plan(model.config, "test"), "FSSF")
+    with applied(model, plan):
+        whole = model(tokens).logits
+        cache = None
+        parts = []
+        for piece in (tokens[:, :31], tokens[:, 31:32], tokens[:, 32:50], tokens[:, 50:]):
+            answer = model(piece, past_key_values=cache, use_cache=True)
+            cache = answer.past_key_values
+            parts.append(answer.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+    assert [layer.indexer_keys is not None for layer in cache.layers] == [True, False, False, True]
+
+
+def test_replay_from_any_layer_is_the_whole_pass(model: Any, tokens: Tensor) -> None:
+    plan = base_plan(model.config, "test")
+    with applied(model, plan):
+        replay = Replay(model, tokens[0], 30)
+        assert torch.allclose(replay.losses, decode_rows(model, tokens[0], 30)[0], atol=1e-4)
+    for layer in (1, 2, 3):
+        with applied(model, share(plan, layer)):
+            expected = decode_rows(model, tokens[0], 30)[0]
+            torch.testing.assert_close(replay.run(layer)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def indexed(seed: int = 0, keys: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, keys, 4, 16, generator=generator), torch.randn(2, keys, 16, generator=generator)
+    w = torch.randn(2, keys, 4, generator=generator)
+    return q, k, w, torch.ones(keys, keys, dtype=torch.bool).tril().expand(2, -1, -1)
+
+
+def sets(found: Tensor, visible: Tensor) -> Tensor:
+    return torch.zeros_like(visible).scatter_(-1, found.long(), True) & visible
+
+
+def test_hisa_within_its_reach_is_the_flat_choice_and_beyond_it_is_algorithm_1() -> None:
+    q, k, w, visible = indexed()
+    plain = Dsa(top_k=12, heads=4, dim=16)
+    hisa = Dsa.model_validate({**plain.model_dump(), "hisa": {"block": 16, "blocks": 3}})
+    found, expected = sets(choose(q, k, w, visible, hisa), visible), sets(choose(q, k, w, visible, plain), visible)
+    assert torch.equal(found[:, :48], expected[:, :48])
+    assert not torch.equal(found, expected)
+    scores = flat(q, k, w, visible)
+    for row in (60, 111, 199):
+        own = row // 16
+        pooled = torch.stack([k[0, b * 16 : min((b + 1) * 16, row + 1)].mean(0) for b in range(own + 1)])
+        ranks = (w[0, row] @ torch.relu(q[0, row] @ pooled.T)).topk(min(3, own + 1)).indices.tolist()
+        inside = torch.zeros(200, dtype=torch.bool)
+        for block in {*ranks, 0, own}:
+            inside[block * 16 : (block + 1) * 16] = True
+        best = scores[0, row].masked_fill(~inside, float("-inf")).topk(12).indices
+        assert set(best.tolist()) == set(found[0, row].nonzero()[:, 0].tolist())
+
+
+def test_misa_routes_by_magnitude_and_its_second_stage_scores_with_all_heads() -> None:
+    q, k, w, visible = indexed(1)
+    plain = Dsa(top_k=12, heads=4, dim=16)
+    expected = choose(q, k, w, visible, plain)
+    every = Dsa.model_validate({**plain.model_dump(), "misa": {"heads": 4, "block": 32}})
+    assert torch.equal(sets(choose(q, k, w, visible, every), visible), sets(expected, visible))
+    one = Dsa.model_validate({**plain.model_dump(), "misa": {"heads": 1, "block": 32}})
+    found = sets(choose(q, k, w, visible, one), visible)
+    row, own = 150, 150 // 32
+    pooled = torch.stack([k[1, b * 32 : min((b + 1) * 32, row + 1)].mean(0) for b in range(own + 1)])
+    best = (w[1, row, :, None] * torch.relu(q[1, row] @ pooled.T)).abs().mean(-1).argmax()
+    scores = w[1, row, best] * torch.relu(k[1, : row + 1] @ q[1, row, best])
+    kept = scores[found[1, row, : row + 1]]
+    assert kept.min() >= scores.topk(12).values[-1]
+    two = Dsa.model_validate({**plain.model_dump(), "misa": {"heads": 1, "block": 32, "candidates": 200}})
+    assert torch.equal(sets(choose(q, k, w, visible, two), visible), sets(expected, visible))
+
+
+@pytest.mark.parametrize("way", [{"hisa": {"block": 8, "blocks": 3}}, {"misa": {"heads": 2, "block": 16}}])
+def test_a_choice_never_depends_on_later_tokens_or_on_the_chunk(way: dict[str, Any]) -> None:
+    q, k, w, visible = indexed(2, 90)
+    dsa = Dsa.model_validate({"top_k": 10, "heads": 4, "dim": 16, **way})
+    whole = sets(choose(q, k, w, visible, dsa), visible)
+    for row in (20, 41, 63, 89):
+        seen = slice(0, row + 1)
+        part = (q[:, row : row + 1], k[:, seen], w[:, row : row + 1], visible[:, row : row + 1, seen])
+        alone = sets(choose(*part, dsa), part[3])
+        assert torch.equal(alone[:, 0], whole[:, row, seen])
+
+
+def test_hisa_and_misa_together_and_their_length_gates() -> None:
+    q, k, w, visible = indexed(3)
+    both = {"hisa": {"block": 16, "blocks": 2}, "misa": {"heads": 2, "block": 32, "candidates": 20}}
+    dsa = Dsa.model_validate({"top_k": 12, "heads": 4, "dim": 16, **both})
+    found = sets(choose(q, k, w, visible, dsa), visible)
+    assert torch.equal(found.sum(-1), visible.sum(-1).clamp_max(12))
+    gates = {name: {**values, "min_context": 100} for name, values in both.items()}
+    gated = sets(choose(q, k, w, visible, Dsa.model_validate({"top_k": 12, "heads": 4, "dim": 16, **gates})), visible)
+    plain = sets(choose(q, k, w, visible, Dsa(top_k=12, heads=4, dim=16)), visible)
+    assert torch.equal(gated[:, :100], plain[:, :100])
+    assert torch.equal(gated[:, 100:], found[:, 100:])
+
+
+def test_padding_on_the_left_changes_no_flat_choice_and_is_never_chosen() -> None:
+    q, k, w, visible = indexed(4, 80)
+    padded = visible.clone()
+    padded[0, :, :16] = False
+    dsa = Dsa.model_validate({"top_k": 10, "heads": 4, "dim": 16, "hisa": {"block": 16, "blocks": 2}})
+    found = sets(choose(q, k, w, padded, dsa), padded)
+    assert not found[0, :, :16].any()
+    assert torch.equal(found[1], sets(choose(q, k, w, visible, dsa), visible)[1])
+
+
+@pytest.mark.parametrize(
+    ("dsa", "words"),
+    [
+        ({"hisa": {"block": 8, "blocks": 1}}, "hold fewer than the 10"),
+        ({"misa": {"heads": 17, "block": 8}}, "an indexer has 16"),
+        ({"misa": {"heads": 2, "block": 8, "candidates": 9}}, "fewer than the 10"),
+    ],
+)
+def test_ways_that_cannot_hold_are_refused(dsa: dict[str, Any], words: str) -> None:
+    plan = base_plan(dsa_config("glm_moe_dsa", index_topk=10), "test")
+    with pytest.raises(PlanError, match=words):
+        plan.edit(dsa={**plan.dsa.model_dump(), **dsa})  # type: ignore[union-attr]
+
+
+def test_the_uniform_rule_is_transformers_own_reading() -> None:
+    """IndexCache's code skips layer i where max(i - 1, 0) % freq is not 0: layers 0 and 1 both have an indexer."""
+    for freq in (2, 3, 4):
+        kinds = ["full" if max(i - 1, 0) % freq == 0 else "shared" for i in range(24)]
+        assert kinds[:2] == ["full", "full"]
+        assert uniform(kinds) == (freq, 2)
+        assert dsa_config("glm_moe_dsa", 24, index_topk_freq=freq).indexer_types == kinds
+    glm52 = ["full" if i < 3 or (i - 2) % 4 == 0 else "shared" for i in range(78)]
+    assert uniform(glm52) == (4, 3)
+    read = dsa_config("glm_moe_dsa", 78, index_topk_freq=4, index_skip_topk_offset=3).indexer_types
+    assert read == glm52
+    assert uniform(["full", "shared", "full", "full"]) is None
+
+
+@pytest.mark.parametrize("pattern", ["FSFS", "FFSS", "FSSF"])
+def test_what_is_written_for_engines_is_read_back_as_the_plan(pattern: str) -> None:
+    config = dsa_config("glm_moe_dsa")
+    plan = patterned(base_plan(config, "test"), pattern)
+    source = {**config.to_dict(), "index_topk_freq": 7}
+    written = settings(plan, source)
+    assert written["index_topk_pattern"] == pattern
+    kinds = [layer.index for layer in plan.layers]
+    assert written["indexer_types"] == kinds
+    only = {key: written[key] for key in ("index_topk_pattern", "index_topk_freq") if key in written}
+    assert dsa_config("glm_moe_dsa", **only).indexer_types == kinds
+    if "index_topk_freq" in written:
+        rule = {key: written[key] for key in ("index_topk_freq", "index_skip_topk_offset")}
+        assert dsa_config("glm_moe_dsa", **rule).indexer_types == kinds
+    else:
+        assert uniform(kinds) is None
+
+
+def test_an_observer_sees_what_the_plain_indexer_would_choose(model: Any, tokens: Tensor) -> None:
+    plan = base_plan(model.config, "test")
+    other = plan.edit(dsa={**plan.dsa.model_dump(), "misa": {"heads": 1, "block": 16}})  # type: ignore[union-attr]
+    seen: list[Any] = []
+    with applied(model, other), stepping(Step(decode=True, observe=seen.append, beside=plan.dsa)):
+        model(tokens)
+    assert [each.layer for each in seen] == [0, 1, 2, 3]
+    first = seen[0]
+    assert torch.equal(first.keep.sum(-1), first.beside.sum(-1))
+    assert not torch.equal(first.keep, first.beside)
+    seen.clear()
+    with applied(model, plan), stepping(Step(decode=True, observe=seen.append, beside=plan.dsa)):
+        model(tokens)
+    assert all(torch.equal(each.keep, each.beside) for each in seen)
+
+
+def test_a_plan_with_heads_is_refused_on_such_a_model(model: Any, make_checkpoint: Callable[..., Path]) -> None:
+    plan = base_plan(model.config, "test")
+    with pytest.raises(PlanError, match="indexers of its own takes no others"):
+        plan.edit(layers=[{"heads": (0, 1, 1, 1)}] * 4, window={"size": 8, "sinks": 1})
+    with pytest.raises(PlanError, match="do not agree"), applied(model, Plan.dense(plan.model, "test")):
+        pass
