@@ -185,6 +185,7 @@ def train_dsa(
         "kl_before": mean_loss(other, before, plan, interleaved),
         "kl_trained": mean_loss(other, weights, plan, interleaved),
         "losses": [round(value, 5) for value in losses],
+        "own": True,
         "windows": len(windows),
         "rows": rows,
         "serves": {str(full): [layer for layer in layers if layer != full] for full, layers in served.items()},

@@ -12,7 +12,7 @@ from sparsec.errors import ArtifactError
 from sparsec.export import evaluation
 from sparsec.export.evaluation import NONE
 from sparsec.export.selectors import KINDS, break_even_words, head_rows, share, unit
-from sparsec.export.words import MINUS, far_words, measured, size
+from sparsec.export.words import MINUS, elsewhere, far_words, measured, own_indexers, size
 from sparsec.layout import MANIFEST, MEASUREMENTS, REPORT, check_tensors, is_artifact, read_json, read_plan
 from sparsec.plan import Plan
 
@@ -67,7 +67,7 @@ def artifact_text(path: Path, data: Mapping[str, Any]) -> str:
         f"passes    {', '.join(p.name for p in plan.passes) or 'none'}",
         f"plan      {plan.digest[:16]}, written by {plan.producer}",
         "runs on   PyTorch reference (CPU, CUDA): sparse attention computed exactly, memory saved, no kernels yet",
-        "          stock Transformers opens it as the plain dense model",
+        f"          stock Transformers opens it as {elsewhere(plan, trained=made['weights'] == 'trained')}",
         "",
         *_plan_lines(plan),
         "",
@@ -82,6 +82,8 @@ def artifact_text(path: Path, data: Mapping[str, Any]) -> str:
 
 
 def _plan_lines(plan: Plan) -> list[str]:
+    if plan.dsa is not None:
+        return [f"{name:<8}  {words}" for name, words in own_indexers(plan)]
     heads = sum(len(layer.retrieval) for layer in plan.layers if layer.heads is not None)
     local = sum(len(layer.local) for layer in plan.layers)
     freed = sum(len(layer.local_kv_heads(plan.model.group)) for layer in plan.layers)

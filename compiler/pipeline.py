@@ -101,7 +101,7 @@ def compile_model(job: Job) -> Outcome:
     calibration = Calibration(read_corpus(job.recipe.calibration), tokenizer, seed=job.recipe.seed)
     compile_ = _Compile(job, source, load_model(source, device=job.device, dtype=job.dtype), calibration)
     for each in passes:
-        if each.trains or compile_.program.plan.dsa is not None:
+        if each.trains:
             compile_.measure_dense()
         compile_.run_pass(each)
         if each is not passes[-1]:

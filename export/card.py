@@ -11,10 +11,12 @@ from sparsec.export.words import (
     change,
     commands,
     count,
+    elsewhere,
     gate_words,
     kept_heads,
     model_name,
     percent,
+    plural,
     runs,
     size,
     verdict_words,
@@ -47,6 +49,7 @@ def model_card(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[st
         tags=list(dict.fromkeys(["sparse-attention", "long-context", *passes])),
     )
     gate, text = measurements["gate"], measurements["calibration"]
+    other = elsewhere(plan, trained=manifest["weights"] == "trained")
     parts = [
         f"# {_plain(model_name(manifest))}, sparse attention",
         _what(plan, passes, manifest),
@@ -57,8 +60,8 @@ def model_card(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[st
         _fenced(LOAD, "python"),
         "Or through Transformers:",
         _fenced(AUTO, "python"),
-        f"**Without `import sparsec`, stock Transformers opens this folder as {_dense(manifest)}**: nothing is sparse "
-        "and no memory is saved.",
+        f"**Without `import sparsec`, stock Transformers opens this folder as {other}**"
+        + (": nothing is sparse and no memory is saved." if plan.dsa is None else ""),
         "## What was measured",
         f"The gate read {gate_words(gate)}.",
         _measured(gate),
@@ -85,18 +88,15 @@ def _what(plan: Plan, passes: Sequence[str], manifest: Mapping[str, Any]) -> str
         f"{_code(model_name(manifest))} with {weights} and a plan that says for every layer and query head what "
         f"it attends to, made by sparsec ({', '.join(passes)})."
     )
+    if plan.dsa is not None:
+        own = f"{plan.pattern.count('F')} of {plural(plan.model.layers, 'layer')}"
+        return f"{first} {own} choose tokens with indexers of their own, the others read what those chose."
     if plan.window is None:
         return f"{first} {count(kept)} of {count(heads)} query heads read the whole context."
     return (
         f"{first} {count(kept)} of {count(heads)} query heads can reach the whole context, all others see a window of "
         f"{count(plan.window.size)} tokens and the first {plan.window.sinks}."
     )
-
-
-def _dense(manifest: Mapping[str, Any]) -> str:
-    if manifest["weights"] == "trained":
-        return "a dense model with the trained weights, which is not the base model"
-    return "the plain dense model, with the dense model's answers"
 
 
 def _measured(gate: Mapping[str, Any]) -> str:

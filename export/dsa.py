@@ -35,7 +35,7 @@ def settings(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
             kept |= {"index_topk_freq": rule[0], "index_skip_topk_offset": rule[1]}
     hisa, misa = plan.dsa.hisa, plan.dsa.misa
     if hisa is not None:
-        kept |= {"use_hisa": True, "hisa_k_block_size": hisa.block, "hisa_block_topk": hisa.blocks}
+        kept |= {"use_hisa": True, "hisa_k_block_size": hisa.block, "hisa_block_topk": hisa.top_blocks}
     if misa is not None:
         # Left out, use_qnorm is true there, which ranks heads otherwise.
         kept |= {"use_misa": True, "misa_use_qnorm": False, "misa_k_block_size": misa.block}

@@ -43,6 +43,8 @@ def sharing(search: Mapping[str, Any], budget: float | None) -> str:
 def _served(fit: Mapping[str, Any]) -> list[str]:
     before, after, losses = fit["kl_before"], fit["kl_trained"], fit["losses"]
     relative = f" ({change(after / before - 1, 0)})" if before else ""
+    own = fit.get("own", False)  # a model's own indexers have one distribution a layer
+    one = "layer" if own else "head"
     marks = [(f"as fitted for one layer {before:.3f}", before), (f"trained for all {after:.3f}", after)]
     label = f"Loss over {len(losses)} steps; KL {before:.3f} nats before, {after:.3f} after training"
     rows = [[full, ", ".join(map(str, layers)) or "–"] for full, layers in fit["serves"].items()]
@@ -50,13 +52,13 @@ def _served(fit: Mapping[str, Any]) -> list[str]:
         heading("Training the kept indexers for all layers that read them"),
         paragraph(
             "An indexer fitted to its own layer finds less for others. After the search each kept one was trained on "
-            f"the true attention of every head that it serves: {before:.3f} nats a head before, {after:.3f} "
+            f"the true attention of every {one} that it serves: {before:.3f} nats a {one} before, {after:.3f} "
             f"after{relative}, over {plural(len(losses), 'step')}."
         ),
         figure(
             svg.loss_curve(losses, marks, label),
-            f"Nats a head, over all heads served. {plural(fit['windows'], 'text window')} and as many needle "
-            f"documents, {count(fit['rows'])} rows of each.",
+            f"Nats a {one}, over all {one}s served. {plural(fit['windows'], 'text window')}"
+            f"{'' if own else ' and as many needle documents'}, {count(fit['rows'])} rows of each.",
         ),
         folded("Who serves whom", table(["layer with an indexer", "serves also"], rows, words=2)),
     ]

@@ -12,6 +12,7 @@ import yaml
 
 from sparsec.export import svg
 from sparsec.export.cautions import cautions
+from sparsec.export.choices import TITLES, choices
 from sparsec.export.measured import detection, stage1
 from sparsec.export.page import (
     caution,
@@ -72,6 +73,10 @@ def render_report(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping
             body.append(chosen_prefill(split["prefill"]))
     if search is not None:
         body.append(sharing(search, configured(measurements, "indexcache")["max_loss"]))
+    for name in TITLES:
+        cheaper = measured(measurements, name)
+        if cheaper is not None:
+            body.append(choices(name, cheaper))
     distilled = measured(measurements, "distill")
     if distilled is not None:
         body.append(training(distilled))
@@ -107,6 +112,8 @@ def _headline(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[str
 def _heads(plan: Plan, split: Mapping[str, Any] | None) -> str:
     if plan.is_dense:
         return ""
+    if plan.dsa is not None:
+        return section("heads", "What runs", facts(runs(plan)))
     scores = split["head_scores"] if split is not None else None
     keys = [("kept", "retrieval head"), ("local", "local head"), ("plate", "KV head that keeps every token")]
     keys += [("full", "F: own indexer")] * ("F" in plan.pattern) + [("shared", "S: shared")] * ("S" in plan.pattern)

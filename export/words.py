@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparsec.export.dsa import KNOWS_SHARED
 from sparsec.plan import Plan
 
 MINUS = "\N{MINUS SIGN}"
@@ -165,8 +166,47 @@ def gate_words(gate: Mapping[str, Any]) -> str:
     )
 
 
+def elsewhere(plan: Plan, *, trained: bool) -> str:
+    """What stock Transformers makes of an artifact."""
+    if plan.dsa is None:
+        if trained:
+            return "a dense model with the trained weights, which is not the base model"
+        return "the plain dense model, with the dense model's answers"
+    cheaper = " HISA and MISA are not run." if plan.dsa.hisa is not None or plan.dsa.misa is not None else ""
+    if plan.model.model_type in KNOWS_SHARED:
+        return f"a model that shares index sets by this pattern, with its own code.{cheaper}"
+    return f"the unshared model: every layer runs its own indexer, trained for others or not.{cheaper}"
+
+
+def own_indexers(plan: Plan) -> list[tuple[str, str]]:
+    """What runs of a model's own indexers, part by part; nothing where it has none."""
+    if plan.dsa is None:
+        return []
+    full, every = plan.pattern.count("F"), len(plan.indexed())
+    out = [
+        (
+            "indexers",
+            f"the model's own in {full} of {plural(every, 'layer')}: {count(plan.dsa.top_k)} tokens a query, one set "
+            "for all heads of a layer, in prefill too",
+        ),
+        ("sharing", plan.pattern if "S" in plan.pattern else "none"),
+    ]
+    if plan.dsa.hisa is not None:
+        h = plan.dsa.hisa
+        gate = f"; all tokens up to {count(h.min_context)}" if h.min_context else ""
+        out.append(("HISA", f"tokens of the best {h.top_blocks} blocks of {h.block}, the first and the own one{gate}"))
+    if plan.dsa.misa is not None:
+        m = plan.dsa.misa
+        again = f", the best {count(m.candidates)} tokens again with all" if m.candidates else ""
+        gate = f"; all heads up to {count(m.min_context)} tokens" if m.min_context else ""
+        out.append(("MISA", f"{m.heads} of {plan.dsa.heads} indexer heads a query{again}{gate}"))
+    return out
+
+
 def runs(plan: Plan) -> list[tuple[str, str]]:
     """What the plan makes run, part by part."""
+    if plan.dsa is not None:
+        return own_indexers(plan)
     shape = plan.model
     kept, heads = kept_heads(plan)
     holding = sum(bool(layer.retrieval) for layer in plan.layers)

@@ -1,8 +1,8 @@
 """hisa: a model's own indexers rank blocks of tokens first, and score tokens only in the best blocks.
 
-HISA (arXiv 2603.28458), for DSA models: training-free, nothing but configuration. A query of at most blocks x block
-tokens chooses exactly as before; beyond, an indexer scores context / block mean keys and at most (blocks + 2) x block
-tokens in place of all. How much of the original choice survives is measured, layer by layer.
+HISA (arXiv 2603.28458), for DSA models: training-free, nothing but configuration. A query of at most top_blocks x
+block tokens chooses exactly as before; beyond, an indexer scores context / block mean keys and the tokens of at most
+top_blocks + 2 blocks in place of all. How much of the original choice survives is measured, layer by layer.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ class Hisa(Pass):
     source: ClassVar[str] = "HISA, arXiv 2603.28458"
     after: ClassVar[tuple[str, ...]] = ("indexcache",)
     needs: ClassVar[tuple[Need, ...]] = ("a model with indexers of its own",)
-    gives: ClassVar[tuple[Need, ...]] = ("indexers",)
 
     block: int = Field(default=128, ge=1, description="tokens a block (the paper: 128)")
-    blocks: int | None = Field(
+    top_blocks: int | None = Field(
         default=None, ge=1, description="best blocks; null: as hold 4 times what is chosen (the paper: 64 for 2048)"
     )
     min_context: int = Field(
@@ -43,8 +42,8 @@ class Hisa(Pass):
     def run(self, program: Program, calibration: Calibration) -> PassResult:
         """Set it and measure. See :class:`sparsec.passes.base.Pass`."""
         dsa = own_indexers(program.plan, self.name)
-        blocks = self.blocks or -(-4 * dsa.top_k // self.block)
-        chosen = {"block": self.block, "blocks": blocks, "min_context": self.min_context}
+        top = self.top_blocks or -(-4 * dsa.top_k // self.block)
+        chosen = {"block": self.block, "top_blocks": top, "min_context": self.min_context}
         return changed(program, calibration, {"hisa": chosen}, context=self.context, windows=self.windows)
 
     def cost(self, plan: Plan, max_positions: int) -> Cost:

@@ -51,6 +51,7 @@ class IndexCache(Pass):
     after: ClassVar[tuple[str, ...]] = ("rtpurbo",)
     needs: ClassVar[tuple[Need, ...]] = ("indexers",)
     gives: ClassVar[tuple[Need, ...]] = ("indexers",)
+    trains: ClassVar[bool] = True  # a model's own indexers
     parallel: ClassVar[bool] = True
 
     keep: float | None = Field(default=0.25, gt=0, le=1, description="share of indexed layers that keep an indexer")

@@ -26,7 +26,6 @@ class Misa(Pass):
     source: ClassVar[str] = "MISA, arXiv 2605.07363"
     after: ClassVar[tuple[str, ...]] = ("indexcache", "hisa")
     needs: ClassVar[tuple[Need, ...]] = ("a model with indexers of its own",)
-    gives: ClassVar[tuple[Need, ...]] = ("indexers",)
 
     heads: int | None = Field(default=None, ge=1, description="heads a query; null: an eighth (the paper: 8 of 64)")
     block: int = Field(default=1024, ge=1, description="tokens a block whose mean key ranks the heads (release: 1024)")

@@ -104,9 +104,9 @@ def uninstall(model: nn.Module) -> None:
     for module in attention_modules(model):
         if isinstance(module.indexer, Planned):
             del module.indexer
-            module.indexer = None
+            module.indexer = None  # type: ignore[assignment]
         else:
-            module.indexer.__dict__.pop("forward", None)  # type: ignore[union-attr]
+            module.indexer.__dict__.pop("forward", None)
 
 
 @dataclass

@@ -41,7 +41,7 @@ def choose(q: Tensor, k: Tensor, w: Tensor, visible: Tensor, dsa: Dsa) -> Tensor
     pooled = {block: Pooled(k, visible[:, -1], block) for block in _blocks(dsa)}
     size = TILE
     if dsa.hisa is not None:
-        wide = (dsa.hisa.blocks + 2) * dsa.hisa.block * k.shape[-1]
+        wide = (dsa.hisa.top_blocks + 2) * dsa.hisa.block * k.shape[-1]
         size = max(1, min(TILE, GATHERED // wide))
     parts = []
     for start in range(0, q.shape[1], size):
@@ -151,11 +151,11 @@ def _in_blocks(
     found, begun = pooled.scores(q, at)
     ranks = (w[:, :, None] @ found)[:, :, 0].masked_fill(~begun[:, :, 0], NEVER)  # [batch, rows, blocks]
     kept = torch.zeros_like(ranks, dtype=torch.bool)
-    best = ranks.topk(min(hisa.blocks, pooled.blocks), dim=-1)
+    best = ranks.topk(min(hisa.top_blocks, pooled.blocks), dim=-1)
     kept.scatter_(-1, best.indices, best.values > NEVER)
     kept[..., 0] = True
     kept.scatter_(-1, (at // hisa.block)[..., None], True)
-    order = kept.float().topk(min(hisa.blocks + 2, pooled.blocks), dim=-1)  # the kept ones first, then padding
+    order = kept.float().topk(min(hisa.top_blocks + 2, pooled.blocks), dim=-1)  # the kept ones first, then padding
     tokens = (order.indices[..., None] * hisa.block + torch.arange(hisa.block, device=k.device)).flatten(-2)
     inside = tokens < k.shape[1]
     tokens = tokens.clamp_max(k.shape[1] - 1)

@@ -141,8 +141,9 @@ def uninstall(model: nn.Module) -> None:
         if isinstance(getattr(module, "indexer", None), Indexer):
             del module.indexer
     del model.sparsec_installed, model.sparsec_plan
-    del model.get_decoder().sparsec_plan, model.get_decoder().sparsec_modules
-    model.set_attn_implementation(dense)
+    decoder = model.get_decoder()  # type: ignore[operator]
+    del decoder.sparsec_plan, decoder.sparsec_modules
+    model.set_attn_implementation(dense)  # type: ignore[operator]
 
 
 @contextmanager

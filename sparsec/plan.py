@@ -82,7 +82,9 @@ class Hisa(Strict):
     """Blocks are ranked by their mean index key first, tokens only in the best ones (HISA, arXiv 2603.28458)."""
 
     block: int = Field(ge=1, description="tokens a block; blocks start at multiples of it")
-    blocks: int = Field(ge=1, description="best blocks whose tokens are scored, beside the first and the query's own")
+    top_blocks: int = Field(
+        ge=1, description="best blocks whose tokens are scored, beside the first and the query's own"
+    )
     min_context: int = Field(default=0, ge=0, description="queries of at most so many tokens score all of them")
 
 
@@ -108,9 +110,9 @@ class Dsa(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.hisa is not None and self.hisa.block * self.hisa.blocks < self.top_k:
+        if self.hisa is not None and self.hisa.block * self.hisa.top_blocks < self.top_k:
             raise ValueError(
-                f"{self.hisa.blocks} blocks of {self.hisa.block} tokens hold fewer than the {self.top_k} to be chosen"
+                f"{self.hisa.top_blocks} blocks of {self.hisa.block} hold fewer tokens than the {self.top_k} to choose"
             )
         if self.misa is not None and self.misa.heads > self.heads:
             raise ValueError(f"{self.misa.heads} heads are to be routed, an indexer has {self.heads}")

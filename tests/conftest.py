@@ -17,7 +17,14 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV32Config,
+    GlmMoeDsaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sparsec.compiler.source import Source, open_source
 
@@ -97,6 +104,52 @@ def tiny_deep(make_checkpoint: Callable[..., Path]) -> Path:
             max_position_embeddings=1024,
         )
     )
+
+
+DSA_SIZES: dict[str, Any] = {
+    "vocab_size": TINY_VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "index_head_dim": 16,
+    "index_n_heads": 16,
+    "index_topk": 8,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def dsa_config() -> Callable[..., Any]:
+    """``dsa_config(family, layers=4, **changes)``: a tiny deepseek_v32 or glm_moe_dsa."""
+
+    def make(family: str, layers: int = 4, **changes: Any) -> Any:
+        kind = {"deepseek_v32": DeepseekV32Config, "glm_moe_dsa": GlmMoeDsaConfig}[family]
+        return kind(**{**DSA_SIZES, "num_hidden_layers": layers, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_dsa(make_checkpoint: Callable[..., Path], dsa_config: Callable[..., Any]) -> Path:
+    """A glm_moe_dsa of 4 layers that reads 1024 tokens and chooses 16; do not write into the folder."""
+    return make_checkpoint(dsa_config("glm_moe_dsa", max_position_embeddings=1024, index_topk=16))
 
 
 # Options with which both passes and the gate take a second on ``tiny_deep``.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV32Config, GlmMoeDsaConfig
+from transformers import AutoModelForCausalLM
 
 from sparsec.calibrate.decode import decode_rows
 from sparsec.calibrate.replay import Replay, share, with_pattern
@@ -21,52 +20,27 @@ from sparsec.plugins.dsa_choice import choose, flat
 from sparsec.plugins.families import base_plan
 from sparsec.plugins.runtime import applied, stepping
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_shared_experts": 1,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 12,
-    "index_head_dim": 16,
-    "index_n_heads": 16,
-    "index_topk": 8,
-    "max_position_embeddings": 512,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES = {"deepseek_v32": DeepseekV32Config, "glm_moe_dsa": GlmMoeDsaConfig}
+FAMILIES = ("deepseek_v32", "glm_moe_dsa")
 TOKENS = 60
 
 
-def dsa_config(family: str, layers: int = 4, **changes: Any) -> Any:
-    return FAMILIES[family](**{**SIZES, "num_hidden_layers": layers, **changes})
+@pytest.fixture(scope="module")
+def dsa_model(dsa_config: Callable[..., Any]) -> Callable[..., Any]:
+    """``dsa_model(family, layers=4, **changes)``, with attention sharp enough for a choice to matter."""
 
+    def make(family: str, layers: int = 4, **changes: Any) -> Any:
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(dsa_config(family, layers, **changes)).eval().requires_grad_(False)
+        for name, weight in made.named_parameters():
+            if "norm" not in name:
+                weight.mul_(6)
+        return made
 
-def dsa_model(family: str, layers: int = 4, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(dsa_config(family, layers, **changes)).eval().requires_grad_(False)
-    for name, weight in made.named_parameters():
-        if "norm" not in name:
-            weight.mul_(6)  # attention sharp enough, and different enough between layers, for a choice to matter
-    return made
+    return make
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def model(request: pytest.FixtureRequest) -> Any:
+def model(request: pytest.FixtureRequest, dsa_model: Callable[..., Any]) -> Any:
     return dsa_model(request.param)
 
 
@@ -95,7 +69,7 @@ def test_generation_with_padding_is_the_models_own(model: Any, tokens: Tensor) -
         assert torch.equal(model.generate(tokens, **asked), expected)
 
 
-def test_sharing_is_that_of_transformers_own_shared_layers(tokens: Tensor) -> None:
+def test_sharing_is_that_of_transformers_own_shared_layers(dsa_model: Callable[..., Any], tokens: Tensor) -> None:
     model = dsa_model("glm_moe_dsa")
     theirs = dsa_model("glm_moe_dsa", indexer_types=["full", "shared", "full", "shared"])
     theirs.load_state_dict({k: v for k, v in model.state_dict().items() if k in theirs.state_dict()})
@@ -150,7 +124,7 @@ def sets(found: Tensor, visible: Tensor) -> Tensor:
 def test_hisa_within_its_reach_is_the_flat_choice_and_beyond_it_is_algorithm_1() -> None:
     q, k, w, visible = indexed()
     plain = Dsa(top_k=12, heads=4, dim=16)
-    hisa = Dsa.model_validate({**plain.model_dump(), "hisa": {"block": 16, "blocks": 3}})
+    hisa = Dsa.model_validate({**plain.model_dump(), "hisa": {"block": 16, "top_blocks": 3}})
     found, expected = sets(choose(q, k, w, visible, hisa), visible), sets(choose(q, k, w, visible, plain), visible)
     assert torch.equal(found[:, :48], expected[:, :48])
     assert not torch.equal(found, expected)
@@ -184,7 +158,7 @@ def test_misa_routes_by_magnitude_and_its_second_stage_scores_with_all_heads() -
     assert torch.equal(sets(choose(q, k, w, visible, two), visible), sets(expected, visible))
 
 
-@pytest.mark.parametrize("way", [{"hisa": {"block": 8, "blocks": 3}}, {"misa": {"heads": 2, "block": 16}}])
+@pytest.mark.parametrize("way", [{"hisa": {"block": 8, "top_blocks": 3}}, {"misa": {"heads": 2, "block": 16}}])
 def test_a_choice_never_depends_on_later_tokens_or_on_the_chunk(way: dict[str, Any]) -> None:
     q, k, w, visible = indexed(2, 90)
     dsa = Dsa.model_validate({"top_k": 10, "heads": 4, "dim": 16, **way})
@@ -198,7 +172,7 @@ def test_a_choice_never_depends_on_later_tokens_or_on_the_chunk(way: dict[str, A
 
 def test_hisa_and_misa_together_and_their_length_gates() -> None:
     q, k, w, visible = indexed(3)
-    both = {"hisa": {"block": 16, "blocks": 2}, "misa": {"heads": 2, "block": 32, "candidates": 20}}
+    both = {"hisa": {"block": 16, "top_blocks": 2}, "misa": {"heads": 2, "block": 32, "candidates": 20}}
     dsa = Dsa.model_validate({"top_k": 12, "heads": 4, "dim": 16, **both})
     found = sets(choose(q, k, w, visible, dsa), visible)
     assert torch.equal(found.sum(-1), visible.sum(-1).clamp_max(12))
@@ -213,7 +187,7 @@ def test_padding_on_the_left_changes_no_flat_choice_and_is_never_chosen() -> Non
     q, k, w, visible = indexed(4, 80)
     padded = visible.clone()
     padded[0, :, :16] = False
-    dsa = Dsa.model_validate({"top_k": 10, "heads": 4, "dim": 16, "hisa": {"block": 16, "blocks": 2}})
+    dsa = Dsa.model_validate({"top_k": 10, "heads": 4, "dim": 16, "hisa": {"block": 16, "top_blocks": 2}})
     found = sets(choose(q, k, w, padded, dsa), padded)
     assert not found[0, :, :16].any()
     assert torch.equal(found[1], sets(choose(q, k, w, visible, dsa), visible)[1])
@@ -222,18 +196,18 @@ def test_padding_on_the_left_changes_no_flat_choice_and_is_never_chosen() -> Non
 @pytest.mark.parametrize(
     ("dsa", "words"),
     [
-        ({"hisa": {"block": 8, "blocks": 1}}, "hold fewer than the 10"),
+        ({"hisa": {"block": 8, "top_blocks": 1}}, "hold fewer tokens than the 10"),
         ({"misa": {"heads": 17, "block": 8}}, "an indexer has 16"),
         ({"misa": {"heads": 2, "block": 8, "candidates": 9}}, "fewer than the 10"),
     ],
 )
-def test_ways_that_cannot_hold_are_refused(dsa: dict[str, Any], words: str) -> None:
+def test_ways_that_cannot_hold_are_refused(dsa_config: Callable[..., Any], dsa: dict[str, Any], words: str) -> None:
     plan = base_plan(dsa_config("glm_moe_dsa", index_topk=10), "test")
     with pytest.raises(PlanError, match=words):
         plan.edit(dsa={**plan.dsa.model_dump(), **dsa})  # type: ignore[union-attr]
 
 
-def test_the_uniform_rule_is_transformers_own_reading() -> None:
+def test_the_uniform_rule_is_transformers_own_reading(dsa_config: Callable[..., Any]) -> None:
     """IndexCache's code skips layer i where max(i - 1, 0) % freq is not 0: layers 0 and 1 both have an indexer."""
     for freq in (2, 3, 4):
         kinds = ["full" if max(i - 1, 0) % freq == 0 else "shared" for i in range(24)]
@@ -248,7 +222,7 @@ def test_the_uniform_rule_is_transformers_own_reading() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["FSFS", "FFSS", "FSSF"])
-def test_what_is_written_for_engines_is_read_back_as_the_plan(pattern: str) -> None:
+def test_what_is_written_for_engines_is_read_back_as_the_plan(dsa_config: Callable[..., Any], pattern: str) -> None:
     config = dsa_config("glm_moe_dsa")
     plan = patterned(base_plan(config, "test"), pattern)
     source = {**config.to_dict(), "index_topk_freq": 7}
@@ -281,7 +255,7 @@ def test_an_observer_sees_what_the_plain_indexer_would_choose(model: Any, tokens
     assert all(torch.equal(each.keep, each.beside) for each in seen)
 
 
-def test_a_plan_with_heads_is_refused_on_such_a_model(model: Any, make_checkpoint: Callable[..., Path]) -> None:
+def test_a_plan_with_heads_is_refused_on_such_a_model(model: Any) -> None:
     plan = base_plan(model.config, "test")
     with pytest.raises(PlanError, match="indexers of its own takes no others"):
         plan.edit(layers=[{"heads": (0, 1, 1, 1)}] * 4, window={"size": 8, "sinks": 1})

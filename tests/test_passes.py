@@ -24,7 +24,7 @@ from sparsec.events import Event
 from sparsec.layout import TENSORS
 from sparsec.passes.base import Cost, Pass, PassResult, Program, lacks
 from sparsec.plan import ModelShape, Plan
-from sparsec.plugins.families import attention_modules, shape_of
+from sparsec.plugins.families import attention_modules, base_plan
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import applied, check, tensor_names
 
@@ -59,11 +59,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "indexcache to a target": ("indexcache", {"keep": 0.5}),
     "indexcache without training, lazily": ("indexcache", {"keep": 0.5, "steps": 0, "order": "lazy"}),
     "indexcache within a budget": ("indexcache", {"keep": None, "max_loss": 0.001}),
+    "indexcache on a model's own indexers": ("indexcache", {"keep": 0.5, "context": 400}),
+    "hisa": ("hisa", {"block": 32, "context": 256}),
+    "misa in two stages": ("misa", {"block": 64, "context": 256, "two_stage": True}),
     "distill with LoRA": ("distill", DISTILL),
     "distill all weights": ("distill", {**DISTILL, "weights": "all", "rest": False, "checkpointing": True}),
 }
 BEFORE = {"indexcache": ["rtpurbo"], "distill": ["rtpurbo"]}
 FREE = ("window",)  # these run no model
+OWN = "own indexers"  # rows that run on a model that has some
+
+
+def program_of(row: str) -> str:
+    """The name under which ``prepared`` has a row's program."""
+    name = CASES[row][0]
+    return OWN if OWN in row or name in ("hisa", "misa") else name
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +83,11 @@ def calibration(tiny_deep: Path) -> Calibration:
 
 @pytest.fixture(scope="module")
 def model(tiny_deep: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_deep).eval().requires_grad_(False)
+    return opened(tiny_deep)
+
+
+def opened(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +99,16 @@ def make(tiny_options: dict[str, dict[str, Any]]) -> Callable[..., Pass]:
 
 
 @pytest.fixture(scope="module")
-def prepared(model: Any, calibration: Calibration, make: Callable[..., Pass]) -> Callable[[str], Program]:
-    """The program that a pass is given, by the name of the pass; made once."""
+def prepared(
+    model: Any, tiny_dsa: Path, calibration: Calibration, make: Callable[..., Pass]
+) -> Callable[[str], Program]:
+    """The program that a pass is given, by the name of the pass or :data:`OWN`; made once."""
     done: dict[str, Program] = {}
 
     def prepare(name: str) -> Program:
         if name not in done:
-            program = Program(model, Plan.dense(shape_of(model.config), "test"), {}, seed=3)
+            given = opened(tiny_dsa) if name == OWN else model
+            program = Program(given, base_plan(given.config, "test"), {}, seed=3)
             for before in BEFORE.get(name, []):
                 result = make(before).run(program, calibration)
                 program = Program(model, result.plan, result.tensors, seed=3)
@@ -121,7 +138,7 @@ def ran(
     calibration: Calibration,
 ) -> Ran:
     name, options = CASES[request.param]
-    return Ran(make(name, **options), prepared(name), calibration)
+    return Ran(make(name, **options), prepared(program_of(request.param)), calibration)
 
 
 @torch.no_grad()
@@ -216,8 +233,9 @@ def test_a_cost_is_expected(ran: Ran) -> None:
     found = ran.each.cost(ran.program.plan, 1024)
     assert (found.tokens > 0) == (ran.each.name not in FREE)
     assert found.resident >= 0
-    # --dry-run knows no plan but the dense one.
-    assert (ran.each.cost(Plan.dense(ran.program.plan.model, "test"), 1024).tokens > 0) == (found.tokens > 0)
+    # --dry-run knows no plan but the model's own.
+    own = base_plan(ran.program.model.config, "test")
+    assert (ran.each.cost(own, 1024).tokens > 0) == (found.tokens > 0)
 
 
 def test_a_configuration_round_trips_through_a_recipe(ran: Ran, tmp_path: Path) -> None:
