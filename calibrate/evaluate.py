@@ -100,6 +100,8 @@ def baseline_plan(name: str, plan: Plan) -> Plan | None:
         return None
     if name not in BASELINES:
         raise UsageError(f"there is no system {name!r}: choose from {', '.join(BASELINES)}")
+    if plan.dsa is not None:
+        raise UsageError(f"a model with indexers of its own has no heads for {name!r}: leave it out of --systems")
     layers = []
     for layer in plan.layers:
         heads = layer.heads if name == "split" or layer.heads is None else (0,) * len(layer.heads)

@@ -15,7 +15,6 @@ import heapq
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from sparsec.calibrate import ranks
-from sparsec.calibrate.replay import Replay, share, with_pattern
+from sparsec.calibrate.patterns import share
+from sparsec.calibrate.replay import Replay
 from sparsec.errors import ArtifactError
 from sparsec.events import Event, Listener
 from sparsec.layout import read_json
@@ -80,6 +80,7 @@ class Search:
     state: Path | None = None  # a file that is written after every flip, and continued from
     flips: list[dict[str, Any]] = field(default_factory=list)
     base: float = 0.0
+    now: float = 0.0  # loss under ``plan``
     stopped: str = "target"
     work: Work = field(default_factory=Work)
     replays: list[Replay] = field(default_factory=list)
@@ -88,19 +89,10 @@ class Search:
 
     def run(self, goal: Goal) -> None:
         """Flip layers until the goal is met. What came out: ``plan``, ``flips``, ``base``, ``stopped``, ``work``."""
-        every = self.plan.indexed()
         self._resume()
-        self._install(self.plan)
-        self.replays = [Replay(self.model, window, self.prompt) for window in ranks.own(self.windows)]
-        now = torch.cat(ranks.in_order([replay.losses for replay in self.replays])).double()
-        if not self.flips:
-            self._count(0, whole=True, plain=True)
-            self.base = float(now.mean())
-            parts = torch.stack(
-                ranks.in_order([set_overlap(replay, self.plan, self.prompt) for replay in self.replays])
-            )
-            self.overlap = parts.mean(0).tolist()
-        left = [i for i in every if i not in goal.fixed and self.plan.layers[i].index == "full"]
+        now = self._start()
+        self.now = float(now.mean())
+        left = [i for i in self.plan.indexed() if i not in goal.fixed and self.plan.layers[i].index == "full"]
         self.total = self.work.candidates + sum(len(left) - i for i in range(self._full() - goal.full))
         self.listen(Event(STAGE, self.work.candidates, self.total))
         while self._full() > goal.full and left:
@@ -127,6 +119,7 @@ class Search:
                 replay.accept(best)
             self._count(best)  # run again for its boundaries: the plain search need not
             now = trials[best]
+            self.now = loss
             left.remove(best)
             self._save()
             self.listen(Event(STAGE, note=f"{self.plan.pattern} {loss / self.base - 1:+.2%}"))
@@ -134,6 +127,24 @@ class Search:
             self.stopped = "fixed"
         if self.work.candidates < self.total:  # a budget, or lazy: fewer than there might have been
             self.listen(Event(STAGE, self.total, self.total))
+
+    def _start(self) -> Tensor:
+        """The windows recorded under the plan so far; every row's loss."""
+        self._install(self.plan)
+        self.replays = [Replay(self.model, window, self.prompt) for window in ranks.own(self.windows)]
+        losses = torch.cat(ranks.in_order([replay.losses for replay in self.replays])).double()
+        if not self.flips:
+            self._count(0, whole=True, plain=True)
+            self.base = float(losses.mean())
+            parts = [set_overlap(replay, self.plan, self.prompt) for replay in self.replays]
+            self.overlap = torch.stack(ranks.in_order(parts)).mean(0).tolist()
+        return losses
+
+    def take(self, plan: Plan) -> None:
+        """No search: this pattern, measured on the same rows as the one before."""
+        self._start()
+        self.now = float(self.losses(plan).mean())
+        self.plan, self.stopped = plan, "given"
 
     def _full(self) -> int:
         return self.plan.pattern.count("F")
@@ -217,37 +228,6 @@ def paired(a: Tensor, b: Tensor) -> tuple[float, float]:
     """Mean of a - b over rows, and its standard error."""
     difference = a - b
     return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
-
-
-def other_patterns(
-    plan: Plan, full: int, flips: Sequence[Mapping[str, Any]], overlap: Sequence[Sequence[float]]
-) -> dict[str, Plan]:
-    """What people do without a search, with as many indexers: to be measured beside the searched pattern.
-
-    one-shot: the layers whose first-round loss is lowest are shared. uniform: every n-th keeps its indexer. overlap:
-    again and again the layer whose set is most like that of the full layer below it.
-
-    Args:
-        plan: all indexers in place.
-        full: layers that keep one.
-        flips: of the search; the first has a trial of every layer that may be shared.
-        overlap: :func:`set_overlap`.
-    """
-    every = plan.indexed()
-    own = [i for i in every if plan.layers[i].index == "full"]  # a source may have shared ones already
-    first = {int(layer): loss for layer, loss in flips[0]["trials"].items()}
-    cheapest = sorted(first, key=lambda layer: (first[layer], layer))[: len(own) - full]
-    spread = {own[number * len(own) // full] for number in range(full)}
-    found = {
-        "one-shot": with_pattern(plan, {i: "shared" if i in cheapest else "full" for i in own}),
-        "uniform": with_pattern(plan, {i: "full" if i in spread else "shared" for i in own}),
-    }
-    kept = list(own)
-    while len(kept) > full:
-        alike = {layer: overlap[every.index(layer)][every.index(below)] for below, layer in pairwise(kept)}
-        kept.remove(max(alike, key=lambda layer: (alike[layer], -layer)))
-    found["overlap"] = with_pattern(plan, {i: "full" if i in kept else "shared" for i in own})
-    return found
 
 
 def set_overlap(replay: Replay, plan: Plan, prompt: int) -> Tensor:

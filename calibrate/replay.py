@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sparsec.calibrate.decode import nll
-from sparsec.plan import Plan
 from sparsec.plugins.attention import Step
 from sparsec.plugins.families import attention_modules, decoder_layers, final_norm, lm_head
 from sparsec.plugins.runtime import new_cache, rows_as, stepping
@@ -84,19 +83,3 @@ class Replay:
         self.index_sets = sets
         self.losses = losses
         return losses
-
-
-def share(plan: Plan, layer: int) -> Plan:
-    """The plan with ``layer`` reading the index set of the nearest full layer below."""
-    return with_pattern(plan, {i: "shared" if i == layer else plan.layers[i].index for i in plan.indexed()})
-
-
-def with_pattern(plan: Plan, index: dict[int, str]) -> Plan:
-    """The plan with index kinds replaced by layer, and one index set a layer."""
-    layers = [
-        layer.model_copy(update={"index": index[i]}) if i in index else layer for i, layer in enumerate(plan.layers)
-    ]
-    if plan.selector is None:
-        return plan.edit(layers=[layer.model_dump() for layer in layers])
-    selector = plan.selector.model_copy(update={"scope": "layer"})
-    return plan.edit(layers=[layer.model_dump() for layer in layers], selector=selector.model_dump())

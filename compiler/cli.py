@@ -32,6 +32,7 @@ HELP = {
     "device": "cpu, cuda, cuda:N, or auto (spread over what is there).",
     "dtype": "float32, bfloat16, float16, or auto (as stored).",
     "tasks": "Answered by generating: names, or the groups needles, ruler, threads, all; docs/evaluation.md says what.",
+    "systems": "Side by side, artifact: all.  [default: dense,window,split,artifact; of DSA models dense,artifact]",
     "contexts": "Also take the text loss after so many shorter prompts of each window, evenly spread.",
     "decode_tokens": "Long decode: so many tokens generated greedily after natural text, 1024 or more; 0: none.",
 }
@@ -199,9 +200,7 @@ def inspect(artifact: Path, as_json: bool, recipe_only: bool) -> None:
 @cli.command("eval")
 @click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ARTIFACT...")
 @click.option("--lengths", default="2048,4096", show_default=True, help="Context lengths in tokens.")
-@click.option(
-    "--systems", default="dense,window,split,artifact", show_default=True, help="Side by side; artifact: all."
-)
+@click.option("--systems", help=HELP["systems"])
 @click.option("--base", metavar="SOURCE", help="The dense model, where it is not where it was at the compile.")
 @click.option("--tasks", default="kv,multikey,passkey", show_default=True, help=HELP["tasks"])
 @click.option("--prompts", default=50, show_default=True, type=click.IntRange(min=0), help="A task and length.")
@@ -227,7 +226,7 @@ def inspect(artifact: Path, as_json: bool, recipe_only: bool) -> None:
 def eval_command(
     artifacts: tuple[Path, ...],
     lengths: str,
-    systems: str,
+    systems: str | None,
     base: str | None,
     tasks: str,
     prompts: int,
@@ -255,7 +254,7 @@ def eval_command(
     from sparsec.compiler.explain import evaluation_text
     from sparsec.compiler.systems import ARTIFACT, evaluate_artifacts
 
-    chosen = _names("--systems", systems, [*BASELINES, ARTIFACT])
+    chosen = _names("--systems", systems, [*BASELINES, ARTIFACT]) if systems is not None else None
     suite = Suite(
         lengths=_numbers(lengths),
         tasks=named(",".join(_names("--tasks", tasks, [*TASKS, *GROUPS]))),
@@ -268,7 +267,7 @@ def eval_command(
         batch_size=batch_size,
         seed=seed,
     )
-    if decode_tokens and "dense" not in chosen:
+    if decode_tokens and chosen is not None and "dense" not in chosen:
         raise UsageError("--decode-tokens compares with what dense writes: add dense to --systems")
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"-o {out}: there is no folder {out.absolute().parent}, make it or choose another place")

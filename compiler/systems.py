@@ -79,7 +79,7 @@ class Compiled:
 
 def evaluate_artifacts(
     paths: Sequence[Path],
-    names: Sequence[str],
+    names: Sequence[str] | None,
     suite: Suite,
     *,
     text: str | None = None,
@@ -89,7 +89,7 @@ def evaluate_artifacts(
     cache_dir: Path,
     listen: Listener = silent,
 ) -> dict[str, Any]:
-    """Measure artifacts beside the systems ``names`` (``artifact``: all of them) on held-out text.
+    """Measure artifacts beside the systems ``names`` (``artifact``: all; None: all that there are) on held-out text.
 
     Args:
         text: what to measure on, as the calibration of a recipe; None is the first artifact's own.
@@ -102,6 +102,8 @@ def evaluate_artifacts(
         SparsecError: see :func:`open_artifacts`, :class:`Base` and ``evaluate``.
     """
     artifacts = open_artifacts(paths)
+    if names is None:
+        names = [*BASELINES, ARTIFACT] if artifacts[0].plan.dsa is None else [DENSE, ARTIFACT]
     recipe = artifacts[0].manifest["recipe"]
     corpus = read_corpus(text or recipe["calibration"])
     calibration = Calibration(corpus, artifacts[0].tokenizer(), seed=recipe["seed"])

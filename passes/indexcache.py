@@ -26,11 +26,10 @@ from sparsec.calibrate.dsa_fit import train_dsa
 from sparsec.calibrate.fit_windows import FitText, fit_windows
 from sparsec.calibrate.indexer_fit import Forced
 from sparsec.calibrate.needles import needle_documents
-from sparsec.calibrate.pattern_search import Goal, Order, Search, other_patterns, paired
-from sparsec.calibrate.replay import with_pattern
+from sparsec.calibrate.pattern_search import Goal, Order, Search, paired
+from sparsec.calibrate.patterns import given_pattern, other_patterns, stage_starts, with_pattern
 from sparsec.calibrate.shared_fit import assigned, mean_multi_layer, readers, train_shared
 from sparsec.calibrate.splits import Calibration
-from sparsec.errors import PlanError
 from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
 from sparsec.plan import Plan
 from sparsec.plugins.runtime import applied, tensor_names
@@ -57,6 +56,12 @@ class IndexCache(Pass):
     keep: float | None = Field(default=0.25, gt=0, le=1, description="share of indexed layers that keep an indexer")
     max_loss: float | None = Field(
         default=None, ge=0, description="stop before the search text's loss rises by more than this share"
+    )
+    pattern: str | None = Field(
+        default=None,
+        pattern="^[FS-]+$",
+        description="no search but this: a letter (F or S) for every layer with an index, or for every layer of the "
+        "model, where those without one have a -",
     )
     context: int | None = Field(default=None, ge=128, description="tokens a search window; null: 4 windows")
     rows: int = Field(default=128, ge=16, description="decode rows of each, the last ones; the rest is the prompt")
@@ -117,7 +122,10 @@ class IndexCache(Pass):
         full = self._target(len(every))
         with applied(model, plan, program.tensors):
             search = Search(model, plan, program.tensors, windows, length - rows, self.reuse, program.listen, state)
-            search.run(Goal(full, self.max_loss, self._fixed(plan), self.order, self.margin))
+            if self.pattern is not None:
+                search.take(given_pattern(plan, self.pattern))
+            else:
+                search.run(Goal(full, self.max_loss, self._fixed(plan), self.order, self.margin))
             others = self._others(search, plan)
         flips, plan = search.flips, search.plan
         tensors = _needed(plan, program.tensors)
@@ -125,7 +133,7 @@ class IndexCache(Pass):
             "pattern": plan.pattern,
             "layers": list(plan.indexed()),
             "loss_before": search.base,
-            "loss_after": flips[-1]["loss"] if flips else search.base,
+            "loss_after": search.now,
             "flips": flips,
             "stopped": search.stopped,
             "order": self.order,
@@ -272,20 +280,6 @@ class IndexCache(Pass):
 
     def _target(self, indexed: int) -> int:
         return max(1, round(self.keep * indexed)) if self.keep is not None else 1
-
-
-def stage_starts(layers: int, stages: int) -> list[int]:
-    """First layers of pipeline stages as vLLM divides them: equal parts, what is left goes to those before the last.
-
-    Raises:
-        PlanError: there are more stages than layers.
-    """
-    if stages > layers:
-        raise PlanError(f"indexcache.stages is {stages}, the model has {layers} layers: lower it")
-    sizes = [layers // stages] * stages
-    for number in range(layers % stages):
-        sizes[-2 - number if stages > 1 else -1] += 1
-    return [sum(sizes[:number]) for number in range(stages)]
 
 
 def _needed(plan: Plan, tensors: Any) -> dict[str, Tensor]:

@@ -76,7 +76,15 @@ def test_passes_are_listed_with_their_tier(cli: Any) -> None:
     for name, tier in (("rtpurbo", "minutes"), ("window", "training-free")):
         assert re.search(rf"^{name} +{tier} ", out, re.MULTILINE)
     listed = json.loads(cli("passes", "--json").out)
-    assert [entry["name"] for entry in listed] == ["distill", "indexcache", "razor", "rtpurbo", "window"]
+    assert [entry["name"] for entry in listed] == [
+        "distill",
+        "hisa",
+        "indexcache",
+        "misa",
+        "razor",
+        "rtpurbo",
+        "window",
+    ]
 
 
 def test_a_pass_is_explained_with_every_option_and_its_default(cli: Any) -> None:
@@ -127,7 +135,7 @@ def test_the_base_weights_are_the_sources(tiny_artifact: Path, tiny_deep: Path) 
 def test_a_compile_reports_progress_in_lines_a_log_can_hold(tiny_compiled: tuple[Path, Any]) -> None:
     out, result = tiny_compiled
     assert readable(result.err), result.err
-    stages = ["detect retrieval heads", "train indexers", "search sharing pattern", "measure dense", "gate"]
+    stages = ["detect retrieval heads", "train indexers", "measure dense", "search sharing pattern", "gate"]
     at = [result.err.index(f"{stage}: ") for stage in stages]
     assert at == sorted(at)
     assert re.search(r"^gate +passed", result.out, re.MULTILINE)

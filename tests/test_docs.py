@@ -39,10 +39,11 @@ EXECUTED = {  # for real, in a folder where out/demo is a small artifact
     'sparsec generate out/demo "Why is the sky blue?" --max-new-tokens 40',
     'sparsec generate out/demo "Why is the sky blue?" --max-new-tokens 40 --dense',
 }
-PARSED = {
+PARSED = {  # minutes of work: name, options and their types are checked
     "sparsec compile path/to/dsa-model --passes indexcache --keep 25% -o out/model",
     "sparsec compile path/to/dsa-model --passes indexcache,hisa -o out/model",
-    "sparsec compile path/to/dsa-model --passes indexcache,misa --set misa.two_stage=true -o out/model",  # minutes of work: name, options and their types are checked
+    "sparsec compile path/to/dsa-model --passes indexcache,misa --set misa.two_stage=true -o out/model",
+    "sparsec compile path/to/dsa-model --passes indexcache --set indexcache.pattern=FFSFSSSF -o out/model",
     "sparsec compile demo --passes rtpurbo,indexcache -o out/demo",
     "sparsec compile demo --passes rtpurbo -o out/split",
     "sparsec compile demo --passes razor -o out/razor",

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sparsec.calibrate.decode import decode_rows
-from sparsec.calibrate.replay import Replay, share, with_pattern
+from sparsec.calibrate.patterns import share, with_pattern
+from sparsec.calibrate.replay import Replay
 from sparsec.errors import PlanError
 from sparsec.export.dsa import settings, uniform
 from sparsec.plan import Dsa, Plan

@@ -12,13 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from sparsec.calibrate.corpus import read_corpus
+from sparsec.calibrate.patterns import stage_starts
 from sparsec.calibrate.splits import Calibration
 from sparsec.compiler.registry import make_passes
 from sparsec.errors import PlanError, UsageError
 from sparsec.events import Event
 from sparsec.layout import read_json
 from sparsec.passes.base import PassResult, Program
-from sparsec.passes.indexcache import IndexCache, stage_starts
+from sparsec.passes.indexcache import IndexCache
 from sparsec.plan import Plan
 from sparsec.plugins.families import shape_of
 from sparsec.plugins.runtime import tensor_names, uninstall
@@ -207,3 +208,37 @@ def test_neither_target_nor_budget_is_a_usage_error() -> None:
 def test_shares_may_be_percents(given: Any, share: float) -> None:
     made: Any = make_passes({"rtpurbo": {}, "indexcache": {"keep": given, "max_loss": given}})[1]
     assert (made.keep, made.max_loss) == (share, share)
+
+
+def test_a_pattern_written_by_hand_is_taken_and_measured(search: Callable[..., PassResult], indexed: Program) -> None:
+    searched = search(keep=0.5)
+    signs = iter(searched.plan.pattern)
+    whole = "".join(next(signs) if i in INDEXED else "-" for i in range(indexed.plan.model.layers))
+    for pattern in (searched.plan.pattern, whole):
+        found = search(pattern=pattern)
+        assert found.plan.digest == searched.plan.digest
+        assert found.measured["stopped"] == "given"
+        assert found.measured["loss_after"] == pytest.approx(searched.measured["loss_after"], rel=1e-6)
+        assert found.measured["candidates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("FS", "2 letters, the plan has 6 layers with an index"),
+        ("SFFFFF", "shares layer 0, below which no layer has an index: begin with F"),
+        ("FFFFFFFF", "F for layer 1, which is local or sliding: give -"),
+        ("F-F-FFFF", "- for layer 3, which has an index: give F or S"),
+    ],
+)
+def test_patterns_that_cannot_hold_are_refused(search: Callable[..., PassResult], pattern: str, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        search(pattern=pattern)
+
+
+def test_the_search_stops_where_the_best_two_cannot_be_told_apart(search: Callable[..., PassResult]) -> None:
+    flips = search(keep=0.3).measured["flips"]
+    leads = [flip["margin"] / flip["error"] for flip in flips if "margin" in flip]
+    found = search(keep=0.3, margin=max(leads) + 1).measured
+    assert (found["stopped"], found["flips"]) == ("unclear", [])
+    assert search(keep=0.3, margin=min(leads) / 2).measured["flips"] == flips

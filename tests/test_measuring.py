@@ -24,7 +24,8 @@ from sparsec.calibrate.indexer_fit import (
     train,
 )
 from sparsec.calibrate.needles import NeedleDocument
-from sparsec.calibrate.replay import Replay, share, with_pattern
+from sparsec.calibrate.patterns import share, with_pattern
+from sparsec.calibrate.replay import Replay
 from sparsec.calibrate.retrieval_heads import needle_mass, stability, top_heads
 from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.shared_fit import assigned, mean_multi_layer, multi_layer_loss, readers, train_shared

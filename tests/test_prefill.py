@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.decode import decode_rows
+from sparsec.calibrate.patterns import share, with_pattern
 from sparsec.calibrate.prefill_quality import prefill_quality
-from sparsec.calibrate.replay import Replay, share, with_pattern
+from sparsec.calibrate.replay import Replay
 from sparsec.calibrate.splits import Calibration
 from sparsec.compiler.registry import known_passes
 from sparsec.export.repeated import chosen_prefill
