@@ -59,7 +59,7 @@ def known(tokens: Tensor) -> Tensor:
 def accuracy(model: Any, tokens: Tensor) -> float:
     """Share of values stated before that the model names."""
     right = total = 0
-    for part in tokens.split(4):
+    for part in torch.split(tokens, 4):
         found = model(input_ids=part.to(model.device)).logits[:, :-1].argmax(-1).cpu()
         rows = known(part)
         right += int((found == part[:, 1:])[rows].sum())
@@ -122,7 +122,7 @@ def train(model: Any, steps: int, lr: float, batch: int, length: int, seed: int,
             logits = model.lm_head(hidden[rows.to(hidden.device)]).float()
         loss = nn.functional.cross_entropy(logits, tokens[:, 1:][rows.to(tokens.device)])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(own, 1.0)
         optimizer.step()
         if step % 25 == 0:
@@ -148,7 +148,8 @@ def main() -> None:
     torch.manual_seed(0)
     began = time.monotonic()
     model: Any = AutoModelForCausalLM.from_config(config(asked.family, asked.layers)).to(asked.device)
-    plan, held, said = base_plan(model.config, "benchmark"), documents(16, LENGTH, 1), {}
+    plan, held = base_plan(model.config, "benchmark"), documents(16, LENGTH, 1)
+    said: dict[str, Any] = {}
     windows = [documents(1, LENGTH, 2 + number)[0] for number in range(asked.windows)]
     fit: dict[str, Any] = {"rows": 256, "seed": 0}
     with drawing() as listen:

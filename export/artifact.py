@@ -193,7 +193,7 @@ def _rewrite_index(file: Path, place: Path, plan: Plan) -> None:
         shutil.copyfile(file, place)
         return
     index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if name not in gone}
-    index.pop("metadata", None)  # its sizes are of the whole
+    index["metadata"] = {}  # its sizes were of the whole
     write_json(place, index)
 
 

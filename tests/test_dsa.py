@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GlmMoeDsaForCausalLM
 
 from sparsec.calibrate.decode import decode_rows
+from sparsec.calibrate.dsa_fit import capture, loss, own_weights
 from sparsec.calibrate.patterns import share, with_pattern
 from sparsec.calibrate.replay import Replay
 from sparsec.errors import PlanError
 from sparsec.export.dsa import settings, uniform
+from sparsec.layout import TENSORS, read_plan
 from sparsec.plan import Dsa, Plan
 from sparsec.plugins.attention import Step
 from sparsec.plugins.dsa_choice import choose, flat
-from sparsec.plugins.families import base_plan
+from sparsec.plugins.families import base_plan, family_of
+from sparsec.plugins.load import load
 from sparsec.plugins.runtime import applied, stepping
 
 FAMILIES = ("deepseek_v32", "glm_moe_dsa")
@@ -262,3 +268,153 @@ def test_a_plan_with_heads_is_refused_on_such_a_model(model: Any) -> None:
         plan.edit(layers=[{"heads": (0, 1, 1, 1)}] * 4, window={"size": 8, "sinks": 1})
     with pytest.raises(PlanError, match="do not agree"), applied(model, Plan.dense(plan.model, "test")):
         pass
+
+
+# The compiler's whole way
+
+
+def compiled(cli: Any, source: Path, out: Path, passes: str, *more: str) -> Any:
+    options = {
+        "indexcache.context": 400,
+        "indexcache.needles": 2,
+        "indexcache.needle_words": 4,
+        "indexcache.steps": 4,
+        "indexcache.fit_windows": 1,
+        "gate.context": 256,
+        "gate.max_loss": 1,
+    }
+    settings = [
+        f"--set={name}={value}" for name, value in options.items() if name.partition(".")[0] in f"{passes},gate"
+    ]
+    return cli("compile", source, "--passes", passes, *settings, *more, "-o", out)
+
+
+@pytest.fixture(scope="module")
+def shared(cli: Any, tiny_dsa: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dsa") / "shared"
+    done = compiled(cli, tiny_dsa, out, "indexcache", "--keep", "50%")
+    assert done.status == 0, done.err
+    return out
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_transformers_own_class_shares_as_the_artifact_says(shared: Path, tokens: Tensor) -> None:
+    plan = read_plan(shared)
+    assert plan.pattern.count("F") == 2
+    stock, info = GlmMoeDsaForCausalLM.from_pretrained(shared, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert [layer.self_attn.indexer is not None for layer in stock.model.layers] == [c == "F" for c in plan.pattern]
+    torch.testing.assert_close(load(shared).model(tokens).logits, stock(tokens).logits, atol=1e-5, rtol=1e-5)
+    left = {name for name in stored(shared) if ".indexer." in name}
+    assert {int(name.split(".")[2]) for name in left} == {i for i, c in enumerate(plan.pattern) if c == "F"}
+    assert not (shared / TENSORS).exists()
+
+
+def test_training_changes_the_kept_indexers_and_nothing_else(shared: Path, tiny_dsa: Path) -> None:
+    before, after = stored(tiny_dsa), stored(shared)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    full = [i for i, letter in enumerate(read_plan(shared).pattern) if letter == "F"]
+    assert changed <= {name for name in after if ".indexer." in name}
+    assert {int(name.split(".")[2]) for name in changed} <= set(full)
+    manifest = json.loads((shared / "manifest.json").read_text())
+    trained = json.loads((shared / "measurements.json").read_text())["passes"][0]["measured"]["trained"]
+    assert (trained["kl_trained"] < trained["kl_before"]) == (manifest["weights"] == "trained") == bool(changed)
+
+
+def test_cheaper_indexers_are_written_as_engines_read_them(cli: Any, tiny_dsa: Path, tmp_path: Path) -> None:
+    more = ["--set=hisa.block=16", "--set=misa.block=64", "--set=misa.two_stage=true"]
+    done = compiled(cli, tiny_dsa, tmp_path / "out", "hisa,misa", *more)
+    assert done.status == 0, done.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [config[key] for key in ("use_hisa", "hisa_k_block_size", "hisa_block_topk")] == [True, 16, 4]
+    keys = ("use_misa", "misa_use_qnorm", "misa_k_block_size", "misa_topk_heads", "misa_decode_topk_heads")
+    assert [config[key] for key in keys] == [True, False, 64, 2, 2]
+    assert config["misa_stage1_topk"] == 64
+    assert "index_topk_pattern" not in config
+    said = cli("inspect", tmp_path / "out").out
+    assert "HISA      tokens of the best 4 blocks of 16, the first and the own one" in said
+    assert "MISA      2 of 16 indexer heads a query, the best 64 tokens again with all" in said
+    assert "HISA and MISA are not run" in said
+    choice = json.loads((tmp_path / "out" / "measurements.json").read_text())["passes"][0]["measured"]["choice"]
+    assert 0 < choice["iou"] < choice["recovered"] < 1
+    assert "Blocks before tokens" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_left_out_tensors_leave_the_index_of_shards(
+    cli: Any, make_checkpoint: Callable[..., Path], dsa_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = dsa_config("glm_moe_dsa", max_position_embeddings=1024, index_topk=16)
+    source = make_checkpoint(config, max_shard_size="100KB")
+    given = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    done = compiled(cli, source, tmp_path / "out", "indexcache", "--set=indexcache.pattern=FSSF")
+    assert done.status == 0, done.err
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    gone = {name for name in given if ".layers.1.self_attn.indexer" in name or ".layers.2.self_attn.indexer" in name}
+    assert set(index) == set(given) - gone == set(stored(tmp_path / "out"))
+    assert load(tmp_path / "out").model.sparsec_plan.pattern == "FSSF"
+
+
+def test_deepseek_keeps_every_indexer_since_its_own_code_cannot_share(
+    cli: Any, make_checkpoint: Callable[..., Path], dsa_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = make_checkpoint(dsa_config("deepseek_v32", max_position_embeddings=1024, index_topk=16))
+    done = compiled(cli, source, tmp_path / "out", "indexcache", "--set=indexcache.pattern=FSFS")
+    assert done.status == 0, done.err
+    assert set(stored(tmp_path / "out")) == set(stored(source))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["index_topk_pattern"] == "FSFS"
+    assert "indexer_types" not in config
+    found = cli("eval", tmp_path / "out", "--lengths", "256", "--prompts", "0", "--windows", "1", "--json")
+    assert found.status == 0, found.err
+    assert [cell["system"] for cell in json.loads(found.out)["cells"]] == ["dense", "artifact"]
+    refused = cli("eval", tmp_path / "out", "--lengths", "256", "--systems", "dense,window")
+    assert refused.status == 2
+    assert "has no heads for 'window'" in refused.line
+
+
+@pytest.mark.parametrize(
+    ("passes", "words"),
+    [
+        ("rtpurbo", "rtpurbo needs a dense model"),
+        ("window", "window needs a dense model"),
+        ("indexcache,distill", "distill needs heads"),
+    ],
+)
+def test_passes_for_dense_models_are_refused_before_the_model_is_opened(
+    cli: Any, tiny_dsa: Path, tmp_path: Path, passes: str, words: str
+) -> None:
+    done = cli("compile", tiny_dsa, "--passes", passes, "-o", tmp_path / "out")
+    assert done.status == 2
+    assert words in done.line
+    assert not (tmp_path / "out").exists()
+
+
+def test_passes_for_such_models_are_refused_on_dense_ones(cli: Any, tiny_deep: Path, tmp_path: Path) -> None:
+    for name in ("hisa", "misa"):
+        done = cli("compile", tiny_deep, "--passes", name, "-o", tmp_path / "out")
+        assert done.status == 2
+        assert f"{name} needs a model with indexers of its own" in done.line
+
+
+def test_the_multi_layer_loss_has_the_gradient_of_the_mean_target(model: Any, tokens: Tensor) -> None:
+    """IndexCache, Proposition 1: only the indexer's own distribution depends on what is trained."""
+    plan = patterned(base_plan(model.config, "test"), "FSSS")
+    window = capture(model, plan, tokens[0], torch.arange(5, TOKENS, 3))
+    weights = {part: x.requires_grad_() for part, x in own_weights(model, plan)[0].items()}
+    interleaved = family_of(model.config).dsa == "interleaved"
+    rows = torch.arange(len(window.rows))
+
+    def gradient(layers: list[int]) -> list[Tensor]:
+        found = torch.autograd.grad(loss(window, weights, layers, rows, interleaved), list(weights.values()))
+        return list(found)
+
+    several = gradient([0, 1, 2, 3])
+    together = torch.stack([window.target[layer].float() for layer in range(4)]).mean(0)
+    window.target[0] = together
+    for one, other in zip(several, gradient([0]), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    assert max(float(one.abs().max()) for one in several) > 1e-3
