@@ -45,10 +45,9 @@ WRONG_CALLS = {
     "no passes": (["model", "-o", "out"], "no passes: give --passes"),
     "no output": (["model", "--passes", "rtpurbo"], "no output folder: give -o DIR"),
     "an unknown pass": (["model", "-o", "out", "--passes", "rtpurb"], "no pass 'rtpurb': did you mean 'rtpurbo'?"),
-    "a pass like no other": (["model", "-o", "out", "--passes", "qqq"], "no pass 'qqq': known: distill, indexcache"),
-    "a pass without what it needs": (
-        ["model", "-o", "out", "--passes", "indexcache"],
-        "indexcache needs indexers: add",
+    "a pass like no other": (
+        ["model", "-o", "out", "--passes", "qqq"],
+        "no pass 'qqq': known: distill, hisa, indexcache",
     ),
     "an option of another pass": (
         ["model", "-o", "out", "--passes", "rtpurbo", "--set", "indexcache.keep=1"],
@@ -72,6 +71,13 @@ def test_a_wrong_call_is_exit_2_and_a_line(cli: Any, case: str) -> None:
     result = cli("compile", *arguments)
     assert words in result.line
     assert result.status == 2
+
+
+def test_a_pass_without_what_it_needs_is_exit_2_and_a_line(cli: Any, tiny_deep: Path) -> None:
+    for more in ([], ["--dry-run"]):
+        result = cli("compile", tiny_deep, "-o", "out", "--passes", "indexcache", *more)
+        assert "indexcache needs indexers: add one of rtpurbo to --passes" in result.line
+        assert result.status == 2
 
 
 WRONG_SETTINGS = {

@@ -227,8 +227,8 @@ def test_a_pattern_written_by_hand_is_taken_and_measured(search: Callable[..., P
     [
         ("FS", "2 letters, the plan has 6 layers with an index"),
         ("SFFFFF", "shares layer 0, below which no layer has an index: begin with F"),
-        ("FFFFFFFF", "F for layer 1, which is local or sliding: give -"),
-        ("F-F-FFFF", "- for layer 3, which has an index: give F or S"),
+        ("FFFFFFFF", "F for layer 1, which is local or sliding, without one: give it -"),
+        ("F-F-FFFF", "- for layer 3, which has an index: give it F or S"),
     ],
 )
 def test_patterns_that_cannot_hold_are_refused(search: Callable[..., PassResult], pattern: str, words: str) -> None:
