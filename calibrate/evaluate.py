@@ -203,8 +203,10 @@ class _Row:
         cells, plan = [], self.system.plan
         with self.opened:
             for each in asked:
-                if plan is not None and plan.window is not None and each.length < 2 * plan.window.size:
-                    notes.append(f"{each.length} tokens is less than twice the window: local heads see most of it")
+                if plan is not None and plan.span is not None and each.length < 2 * plan.span:
+                    who = "local heads see" if plan.window is not None else "indexers choose"
+                    what = "the window" if plan.window is not None else "what is chosen"
+                    notes.append(f"{each.length} tokens is less than twice {what}: {who} most of it")
                 cell: dict[str, Any] = {"length": each.length, "system": self.system.name}
                 if not self.system.only_decodes:
                     cell |= self._quality(each, about)

@@ -36,15 +36,14 @@ class Exam:
 
     @classmethod
     def drawn(cls, gate: Gate, plan: Plan, calibration: Calibration, seed: int, readable: int) -> Exam:
-        """From the held-out split. Contexts are four local windows unless the recipe names another length.
+        """From the held-out split. Contexts are four spans of the plan unless the recipe names another length.
 
         readable: tokens that the model reads, the most that a context has.
 
         Raises:
             CalibrationError: the held-out text does not suffice.
         """
-        size = plan.window.size if plan.window else 512
-        length = gate.context or min(4 * size, readable)
+        length = gate.context or min(4 * (plan.span or 512), readable)
         windows = calibration.windows("heldout", length, gate.windows, seed=seed)
         asked = {
             task: prompts(task, calibration, length=length, count=gate.prompts, seed=seed)

@@ -37,7 +37,9 @@ class Gate(Strict):
         description="attention mass that selectors find; of a model's own indexers: share of what they found",
     )
     windows: int = Field(default=1, ge=1, description="held-out windows")
-    context: int | None = Field(default=None, ge=64, description="tokens each; null: 4 local windows")
+    context: int | None = Field(
+        default=None, ge=64, description="tokens each; null: 4 times a local window, or what own indexers choose"
+    )
     rows: int = Field(default=512, ge=16, description="decode rows of each; the rest is the prompt")
     prompts: int = Field(default=0, ge=0, description="long-range questions of each kind (kv, multikey); 0: none")
     max_points: float = Field(

@@ -63,7 +63,11 @@ class IndexCache(Pass):
         description="no search but this: a letter (F or S) for every layer with an index, or for every layer of the "
         "model, where those without one have a -",
     )
-    context: int | None = Field(default=None, ge=128, description="tokens a search window; null: 4 windows")
+    context: int | None = Field(
+        default=None,
+        ge=128,
+        description="tokens a search window; null: 4 times a local window, or what own indexers choose",
+    )
     rows: int = Field(default=128, ge=16, description="decode rows of each, the last ones; the rest is the prompt")
     windows: int = Field(default=3, ge=1, description="search windows of text, fixed for the whole search")
     documents: int = Field(default=1, ge=0, description="needle documents searched on beside them (ours)")
@@ -251,7 +255,8 @@ class IndexCache(Pass):
         rows = min(self.rows, length // 2)
         flips = max(0, indexed - self._target(indexed))
         candidates = sum(indexed - 1 - i for i in range(flips))
-        searched = (self.windows + self.documents) * (length + candidates * rows // 2)
+        again = length if plan.selects_in_prefill else rows
+        searched = (self.windows + self.documents) * (length + candidates * again // 2)
         fitted = 2 * self.fit_windows * length + self.steps * length // 32 if self.steps else 0
         cached = plan.model.layers * plan.model.kv_heads * plan.model.head_dim * 8
         return Cost(tokens=searched + fitted, resident=(self.windows + self.documents) * length * cached)
@@ -276,7 +281,7 @@ class IndexCache(Pass):
         return texts + [document.tokens for document in documents]
 
     def _context(self, plan: Plan, readable: int) -> int:
-        return min(readable, 4 * plan.window.size if plan.window else 2048)
+        return min(readable, 4 * (plan.span or 512))  # else nothing is chosen, and no pattern makes a difference
 
     def _target(self, indexed: int) -> int:
         return max(1, round(self.keep * indexed)) if self.keep is not None else 1

@@ -122,6 +122,8 @@ class Rtpurbo(Pass):
         heads, measured = self._partition(scores, plan, allowed)
         listen(Event("detect retrieval heads", note=f"kept {sum(map(len, heads.values()))} heads"))
         reach = max(context, min(readable, self.reach or readable))
+        if self.reach is not None and self.reach > readable:
+            listen(Event("reach", note=f"lowered to {readable} tokens, all that the model reads"))
         measured |= {"window": window, "context": context, "reach": reach, "readable": readable}
         sized = Window(size=window, sinks=self.sinks)
         measured["causal_check"] = causal_check(program, documents[:3], heads, allowed, sized, self.min_context)

@@ -221,6 +221,13 @@ class Plan(Strict):
         return all(not layer.local and layer.index == "none" for layer in self.layers)
 
     @property
+    def span(self) -> int | None:
+        """Tokens up to which nothing is left out: the window, or what a model's own indexers choose."""
+        if self.window is not None:
+            return self.window.size
+        return self.dsa.top_k if self.dsa is not None else None
+
+    @property
     def selects_in_prefill(self) -> bool:
         """Prompt rows choose keys as well: by blocks, or with the model's own indexers."""
         return self.dsa is not None or (self.selector is not None and self.selector.prefill == "selector")

@@ -11,15 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GlmMoeDsaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GlmMoeDsaForCausalLM
 
+from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.decode import decode_rows
 from sparsec.calibrate.dsa_fit import capture, loss, own_weights
 from sparsec.calibrate.patterns import share, with_pattern
 from sparsec.calibrate.replay import Replay
+from sparsec.calibrate.splits import Calibration
+from sparsec.compiler.gate import Exam
+from sparsec.compiler.recipe import Gate
 from sparsec.errors import PlanError
 from sparsec.export.dsa import settings, uniform
 from sparsec.layout import TENSORS, read_plan
+from sparsec.passes.indexcache import IndexCache
 from sparsec.plan import Dsa, Plan
 from sparsec.plugins.attention import Step
 from sparsec.plugins.dsa_choice import choose, flat
@@ -418,3 +423,13 @@ def test_the_multi_layer_loss_has_the_gradient_of_the_mean_target(model: Any, to
     for one, other in zip(several, gradient([0]), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
     assert max(float(one.abs().max()) for one in several) > 1e-3
+
+
+def test_search_and_gate_read_contexts_in_which_something_is_left_out(
+    tiny_dsa: Path, dsa_config: Callable[..., Any]
+) -> None:
+    plan = base_plan(dsa_config("glm_moe_dsa", index_topk=64), "test")
+    calibration = Calibration(read_corpus(), AutoTokenizer.from_pretrained(tiny_dsa))
+    assert len(Exam.drawn(Gate(), plan, calibration, 0, readable=4096).windows[0]) == 256
+    known = IndexCache(keep=0.5).cost(plan, 4096)
+    assert known.tokens > IndexCache(keep=0.5, context=128).cost(plan, 4096).tokens
