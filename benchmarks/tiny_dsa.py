@@ -2,8 +2,8 @@
 
     python benchmarks/tiny_dsa.py OUT [--family glm_moe_dsa] [--layers 24] [--device cuda]
 
-Writes OUT/model (a checkpoint) and OUT/text (JSON lines, to compile and to judge with). A document is a list of keys
-and values, ``k17 v3 k5 v20 ...``: a key has one value a document, so who has seen it can tell the value the next time.
+Writes OUT/model (a checkpoint) and OUT/text (JSON lines, to compile and to judge with). A document states values of
+keys and asks for them, ``k17=v3 k5=v9 k17? v3 ...``: who finds the statement, however far back, can tell the answer.
 Trained as DeepSeek-V3.2-Exp was: the model dense; the indexers alone on its attention; the model on what they choose,
 and the indexers again.
 """
@@ -29,30 +29,39 @@ from sparsec.compiler.draw import drawing
 from sparsec.events import Event, Listener
 from sparsec.plugins.families import attention_modules, base_plan
 
-KEYS, VALUES, IN_DOCUMENT = 256, 64, 64  # words of each kind, keys of a document
-WORDS = ["<pad>", "<s>", "</s>", *(f"k{n}" for n in range(KEYS)), *(f"v{n}" for n in range(VALUES))]
+KEYS, VALUES, IN_DOCUMENT = 64, 16, 48  # of each kind, keys of a document
+STATED, ASKED, SAID = 3, 3 + KEYS * VALUES, 3 + KEYS * VALUES + KEYS  # where the words of a kind begin
+WORDS = [
+    *("<pad>", "<s>", "</s>"),
+    *(f"k{key}=v{value}" for key in range(KEYS) for value in range(VALUES)),
+    *(f"k{key}?" for key in range(KEYS)),
+    *(f"v{value}" for value in range(VALUES)),
+]
 LENGTH, TOP_K = 1024, 32
+SMALL = 2  # layers of the model that is grown
 ENOUGH = 0.02  # nats: what can be known is known
 FAMILIES = {"glm_moe_dsa": GlmMoeDsaConfig, "deepseek_v32": DeepseekV32Config}
 
 
 def documents(count: int, length: int, seed: int) -> Tensor:
-    """int64 [count, length]: keys and values in turn, as word numbers."""
+    """int64 [count, length], word numbers: a key's first event states its value, every later one asks and answers."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.rand(count, KEYS, generator=generator).argsort(1)[:, :IN_DOCUMENT]
     values = torch.randint(VALUES, (count, IN_DOCUMENT), generator=generator)
-    drawn = torch.randint(IN_DOCUMENT, (count, length // 2), generator=generator)
-    pairs = torch.stack((keys.gather(1, drawn) + 3, values.gather(1, drawn) + 3 + KEYS), -1)
-    return pairs.flatten(1)
+    drawn = torch.randint(IN_DOCUMENT, (count, length), generator=generator)
+    key, value = keys.gather(1, drawn), values.gather(1, drawn)
+    order = torch.arange(length).expand(count, -1)
+    first = torch.full((count, IN_DOCUMENT), length).scatter_reduce(1, drawn, order, "amin").gather(1, drawn) == order
+    at = torch.where(first, 1, 2).cumsum(1) - torch.where(first, 1, 2)  # where an event's first word stands
+    out = torch.zeros(count, 2 * length + 1, dtype=torch.long)
+    out.scatter_(1, at, torch.where(first, STATED + key * VALUES + value, ASKED + key))
+    out.scatter_(1, torch.where(first, 2 * length, at + 1), SAID + value)
+    return out[:, :length]
 
 
 def known(tokens: Tensor) -> Tensor:
-    """bool [count, length - 1]: rows whose next token is a value that was stated before."""
-    keys = tokens[:, 0::2]
-    seen = (keys[:, :, None] == keys[:, None, :]).tril(-1).any(-1)
-    rows = torch.zeros(tokens.shape[0], tokens.shape[1], dtype=torch.bool)
-    rows[:, 0::2] = seen
-    return rows[:, :-1]
+    """bool [count, length - 1]: rows that ask, whose next token is a value that was stated before."""
+    return ((tokens >= ASKED) & (tokens < SAID))[:, :-1]
 
 
 @torch.no_grad()
@@ -77,13 +86,32 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def config(family: str, layers: int) -> Any:
     """Dense MLPs: experts say nothing about indexers."""
     return FAMILIES[family](
-        vocab_size=len(WORDS), hidden_size=128, intermediate_size=256, num_hidden_layers=layers,
+        vocab_size=len(WORDS), hidden_size=96, intermediate_size=192, num_hidden_layers=layers,
         first_k_dense_replace=layers, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=2,
         num_experts_per_tok=1, n_group=1, topk_group=1, kv_lora_rank=64, q_lora_rank=64, qk_rope_head_dim=16,
         qk_nope_head_dim=16, v_head_dim=32, index_head_dim=32, index_n_heads=8, index_topk=TOP_K,
         max_position_embeddings=2 * LENGTH, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.05,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.02,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def grown(small: Any, family: str, layers: int) -> Any:
+    """A deeper model out of a trained small one: its layers repeated, each copy adding its share of what it added.
+
+    Deep models this narrow hardly learn recall from nothing. Grown, all layers take part, as in real models.
+    """
+    depth = small.config.num_hidden_layers
+    deep: Any = AutoModelForCausalLM.from_config(config(family, layers)).to(small.device)
+    given, state = small.state_dict(), deep.state_dict()
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(int(parts[2]) * depth // layers)
+        found = given[".".join(parts)]
+        share = depth / layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        tensor.copy_(found * share)
+    return deep
 
 
 @contextmanager
@@ -111,10 +139,10 @@ def train(model: Any, steps: int, lr: float, batch: int, length: int, seed: int,
     optimizer = torch.optim.AdamW(own, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=model.device.type == "cuda")
     recent: list[float] = []
     for step in range(steps):
-        size = min(length, 128 << (4 * step // max(1, steps))) if stage == "train" else length
+        size = min(length, 128 << (4 * step // max(1, steps)))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / (0.05 * steps)) * (1 - 0.9 * step / steps)
-        tokens = documents(batch * length // size, size, seed * 1_000_003 + step)
+        tokens = documents(max(1, batch * length // size), size, seed * 1_000_003 + step)
         rows = known(tokens)
         tokens = tokens.to(model.device)
         with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
@@ -139,22 +167,27 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--family", choices=FAMILIES, default="glm_moe_dsa")
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--steps", type=int, default=400, help="of the small model at most; the grown one takes a quarter"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="documents a step")
     parser.add_argument("--windows", type=int, default=32, help="that the indexers are trained on")
     parser.add_argument("--fit-steps", type=int, default=400, help="of the indexers; half as many again at the end")
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
     torch.manual_seed(0)
     began = time.monotonic()
-    model: Any = AutoModelForCausalLM.from_config(config(asked.family, asked.layers)).to(asked.device)
-    plan, held = base_plan(model.config, "benchmark"), documents(16, LENGTH, 1)
+    plan, held = base_plan(config(asked.family, asked.layers), "benchmark"), documents(16, LENGTH, 1)
     said: dict[str, Any] = {}
     windows = [documents(1, LENGTH, 2 + number)[0] for number in range(asked.windows)]
     fit: dict[str, Any] = {"rows": 256, "seed": 0}
     with drawing() as listen:
+        small: Any = AutoModelForCausalLM.from_config(config(asked.family, SMALL)).to(asked.device)
+        with seeing_all(small):
+            train(small, asked.steps, 3e-3, 12 * asked.batch, 96, 3, listen, "train small")
+        model = grown(small, asked.family, asked.layers)
         with seeing_all(model):
-            train(model, asked.steps, 1e-3, asked.batch, LENGTH, 3, listen, "train")
+            train(model, asked.steps // 4, 1e-3, asked.batch, LENGTH, 6, listen, "train")
             said["dense"] = accuracy(model, held)
         listen(Event("train", note=f"dense names {said['dense']:.1%}"))
         said["indexers untrained"] = accuracy(model, held)
@@ -167,7 +200,7 @@ def main() -> None:
             said[stage] = accuracy(model, held)
             said[f"{stage}, nats"] = [measured["kl_before"], measured["kl_trained"]]
             if stage == "indexers":
-                train(model, asked.steps // 10, 1e-4, asked.batch, LENGTH, 4, listen, "train on what they choose")
+                train(model, asked.steps // 20, 1e-4, asked.batch, LENGTH, 4, listen, "train on what they choose")
                 said["model on what they choose"] = accuracy(model, held)
     said["seconds"] = round(time.monotonic() - began)
     model.float().save_pretrained(asked.out / "model", max_shard_size="12MB")
