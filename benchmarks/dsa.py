@@ -36,7 +36,7 @@ from sparsec.plugins.runtime import applied
 
 RESULT = Path(__file__).resolve().parent / "results" / "dsa-tiny.json"
 SEGMENTS = 12  # held-out documents
-SEARCH: dict[str, Any] = {"documents": 0, "windows": 4, "context": LENGTH, "rows": 512, "keep": 0.25}
+SEARCH: dict[str, Any] = {"documents": 0, "windows": 3, "context": LENGTH, "rows": 512, "keep": 0.25}
 
 
 @torch.no_grad()

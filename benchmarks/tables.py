@@ -6,6 +6,8 @@ python benchmarks/tables.py --check    exit with 1 if one is stale
 eval      eval-demo.json, what ``sparsec eval -o`` wrote: systems side by side, tasks, positions, long decode
 passes    distill-demo.json, the same of several artifacts: make table
 indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
+sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
+cheaper   the same: HISA and MISA
 """
 
 from __future__ import annotations
@@ -72,6 +74,46 @@ def indexers(result: Mapping[str, Any]) -> str:
     return "\n".join([*_markdown(head, rows, 2), "", note])
 
 
+def sharing(result: Mapping[str, Any]) -> str:
+    """Patterns side by side, and both searches, of what benchmarks/dsa.py found."""
+    rows = [
+        [name, f"`{row['pattern']}`" if "pattern" in row else "", *_answers(row)]
+        for name, row in result["systems"].items()
+        if name == "own indexers" or ("pattern" in row)
+    ]
+    searches = []
+    for order, one in result["searches"].items():
+        done, plain = one["layer_evaluations"], one["layer_evaluations_plain"]
+        work = f"{one['candidates']} candidates, {done:,} of {plain:,} layer evaluations ({done / plain:.0%})"
+        searches.append(f"{order}: `{one['pattern']}`, {work}, {one['seconds']:.0f} s")
+    head = ["", "pattern", "asked values named", "nats"]
+    return "\n".join([*_markdown(head, rows, 2), "", f"Searches: {'; '.join(searches)}. {_made(result)}"])
+
+
+def cheaper(result: Mapping[str, Any]) -> str:
+    """HISA and MISA alone and on shared indexers, of what benchmarks/dsa.py found."""
+    rows = []
+    for name, row in result["systems"].items():
+        choice = result["choices"].get(name)
+        if name == "own indexers" or choice or name.startswith("searched, trained"):
+            shares = [f"{choice[figure]:.1%}" for figure in ("iou", "recovered")] if choice else ["", ""]
+            rows.append([name, *shares, *_answers(row)])
+    head = ["", "IoU", "recovered", "asked values named", "nats"]
+    return "\n".join([*_markdown(head, rows, 1), "", _made(result)])
+
+
+def _answers(row: Mapping[str, Any]) -> list[str]:
+    return [f"{row['accuracy']:.1%}", f"{row['nats']:.4f} ± {row['error']:.4f}"]
+
+
+def _made(result: Mapping[str, Any]) -> str:
+    model, training, torch = result["model"], result["training"], result["versions"]["torch"]
+    shape = f"{model['family']}, {model['layers']} layers, {model['top_k']} of {result['context']:,} tokens chosen"
+    bounds = f"dense it names {training['dense']:.1%}, with untrained indexers {training['indexers untrained']:.1%}"
+    judged = f"{result['segments']} documents, standard errors over them"
+    return f"{shape}; {bounds}. {judged}; {result['device']}, torch {torch}: `{result['command']}`."
+
+
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
     rule = ["---"] * left + ["---:"] * (len(head) - left)
     return [f"| {' | '.join(line)} |" for line in (head, rule, *rows)]
@@ -80,6 +122,8 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> 
 TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "eval": ("eval-demo", "make bench", evaluation),
     "passes": ("distill-demo", "make table", evaluation),
+    "sharing": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", sharing),
+    "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
 }
 
