@@ -177,6 +177,11 @@ class Search:
             _, layer, _ = heapq.heappop(queue)
             found[layer] = self._trial(layer, left)
             heapq.heappush(queue, (float(found[layer].mean()) - now, layer, True))
+        skipped = (
+            (len(left) - len(found)) * len(self.windows) * self.plan.model.layers
+        )  # the plain search tries them too
+        self.work.layers_plain += skipped
+        self.work.tokens_plain += skipped * len(self.windows[0])
         return found
 
     def _trial(self, layer: int, left: Sequence[int]) -> Tensor:
