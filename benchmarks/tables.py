@@ -109,8 +109,9 @@ def _answers(row: Mapping[str, Any]) -> list[str]:
 def _made(result: Mapping[str, Any]) -> str:
     model, training, torch = result["model"], result["training"], result["versions"]["torch"]
     shape = f"{model['family']}, {model['layers']} layers, {model['top_k']} of {result['context']:,} tokens chosen"
-    bounds = f"dense it names {training['dense']:.1%}, with untrained indexers {training['indexers untrained']:.1%}"
-    judged = f"{result['segments']} documents, standard errors over them"
+    untrained = f"{training['indexers untrained']:.1%}"
+    bounds = f"in its training it named {training['dense']:.1%} dense, {untrained} with indexers untrained"
+    judged = f"{result['segments']} documents, standard errors over them; kept indexers trained at {result['lr']:g}"
     return f"{shape}; {bounds}. {judged}; {result['device']}, torch {torch}: `{result['command']}`."
 
 

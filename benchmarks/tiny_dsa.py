@@ -171,8 +171,8 @@ def main() -> None:
         "--steps", type=int, default=400, help="of the small model at most; the grown one takes a quarter"
     )
     parser.add_argument("--batch", type=int, default=4, help="documents a step")
-    parser.add_argument("--windows", type=int, default=32, help="that the indexers are trained on")
-    parser.add_argument("--fit-steps", type=int, default=400, help="of the indexers; half as many again at the end")
+    parser.add_argument("--windows", type=int, default=16, help="that the indexers are trained on")
+    parser.add_argument("--fit-steps", type=int, default=120, help="of the indexers; half as many again at the end")
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
     torch.manual_seed(0)

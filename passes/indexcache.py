@@ -74,8 +74,8 @@ class IndexCache(Pass):
     needles: int = Field(default=4, ge=1, description="needles a document")
     needle_words: int = Field(default=24, ge=4, description="words a needle")
     steps: int = Field(default=240, ge=0, description="training steps of kept indexers for all layers they serve")
-    lr: float = Field(
-        default=5e-3, gt=0, description="its peak learning rate; of a model's own indexers 1e-3 by default"
+    lr: float | None = Field(
+        default=None, gt=0, description="its peak learning rate; null: 5e-3, for a model's own indexers 1e-3"
     )
     fit_windows: int = Field(default=4, ge=1, description="text windows it reads, and as many needle documents")
     fit_rows: int = Field(default=512, ge=64, description="query rows sampled from each")

@@ -18,6 +18,7 @@ from sparsec.compiler.registry import make_passes
 from sparsec.errors import PlanError, UsageError
 from sparsec.events import Event
 from sparsec.layout import read_json
+from sparsec.passes import indexcache
 from sparsec.passes.base import PassResult, Program
 from sparsec.passes.indexcache import IndexCache
 from sparsec.plan import Plan
@@ -242,3 +243,13 @@ def test_the_search_stops_where_the_best_two_cannot_be_told_apart(search: Callab
     found = search(keep=0.3, margin=max(leads) + 1).measured
     assert (found["stopped"], found["flips"]) == ("unclear", [])
     assert search(keep=0.3, margin=min(leads) / 2).measured["flips"] == flips
+
+
+def test_own_indexers_are_trained_at_their_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(indexcache, "train_dsa", lambda *args, lr, **rest: asked.append(lr) or ({}, {}))
+    calibration: Any = type("Text", (), {"windows": lambda *args, **options: []})()
+    program: Any = type("Given", (), {"seed": 0, "model": None, "listen": None})()
+    for given in (None, 2e-3):
+        IndexCache(lr=given)._train_own(program, calibration, program, 64)
+    assert asked == [1e-3, 2e-3]
