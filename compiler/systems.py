@@ -28,6 +28,7 @@ from sparsec.compiler.stages import Stages, code_digest, fingerprint
 from sparsec.compiler.versions import versions
 from sparsec.errors import ArtifactError, SourceError, UsageError
 from sparsec.events import Listener, silent
+from sparsec.export.dsa import leaves_out
 from sparsec.layout import TENSORS
 from sparsec.plan import Plan
 from sparsec.plugins.auto import read_tensors
@@ -51,6 +52,11 @@ class Compiled:
     def trained(self) -> bool:
         """A pass changed the base weights."""
         return bool(self.manifest.get("weights", "unchanged") == "trained")
+
+    @property
+    def holds_base(self) -> bool:
+        """Its weights are the base model's, all of them: none trained, no shared layer's indexer left out."""
+        return not self.trained and not leaves_out(self.plan)
 
     def tokenizer(self) -> Any:
         """Its tokenizer, the base model's.
@@ -142,7 +148,7 @@ def open_artifacts(paths: Sequence[Path]) -> list[Compiled]:
 class Base:
     """The dense model that the artifacts were compiled from, loaded when first asked for.
 
-    It comes out of an artifact whose weights are unchanged, where all are; else, or where ``spec`` names it, from the
+    It comes out of an artifact, where all hold the base model's weights; else, or where ``spec`` names it, from the
     source.
 
     Raises:
@@ -157,7 +163,7 @@ class Base:
         device_map(device)
         self.device, self.dtype = device, dtype
         self.artifact = artifacts[0]
-        from_source = spec is not None or any(each.trained for each in artifacts)
+        from_source = spec is not None or not all(each.holds_base for each in artifacts)
         self.source = _source(self.artifact, spec, cache_dir) if from_source else None
         self.model: Any = None
 

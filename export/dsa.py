@@ -55,9 +55,14 @@ def uniform(kinds: Sequence[str]) -> tuple[int, int] | None:
     return None
 
 
+def leaves_out(plan: Plan) -> bool:
+    """The artifact lacks the indexers of shared layers: the family's own code does without them."""
+    return plan.dsa is not None and plan.model.model_type in KNOWS_SHARED and "S" in plan.pattern
+
+
 def left_out(plan: Plan, names: Iterable[str]) -> set[str]:
-    """Tensors of ``names`` that the artifact does not have: indexers of shared layers, where the family allows it."""
-    if plan.dsa is None or plan.model.model_type not in KNOWS_SHARED:
+    """Tensors of ``names`` that the artifact does not have, see :func:`leaves_out`."""
+    if not leaves_out(plan):
         return set()
     shared = {f"model.layers.{i}.self_attn.indexer." for i, layer in enumerate(plan.layers) if layer.index == "shared"}
     return {name for name in names if any(name.startswith(prefix) for prefix in shared)}

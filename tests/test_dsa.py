@@ -363,6 +363,23 @@ def test_left_out_tensors_leave_the_index_of_shards(
     assert load(tmp_path / "out").model.sparsec_plan.pattern == "FSSF"
 
 
+def test_dense_beside_an_artifact_that_lacks_indexers_is_the_source_with_all_of_them(
+    cli: Any, tiny_dsa: Path, tmp_path: Path
+) -> None:
+    ask = ("--lengths", "256", "--prompts", "0", "--windows", "1", "--json")
+    cells = {}
+    for pattern in ("FFFF", "FSSS"):
+        out = tmp_path / pattern
+        more = ("--set=indexcache.steps=0", f"--set=indexcache.pattern={pattern}")
+        done = compiled(cli, tiny_dsa, out, "indexcache", *more)
+        assert done.status == 0, done.err
+        found = cli("eval", out, *ask)
+        assert found.status == 0, found.err
+        cells[pattern] = [cell["bits_per_byte"] for cell in json.loads(found.out)["cells"]]
+    assert cells["FSSS"][0] == cells["FFFF"][0] == cells["FFFF"][1]
+    assert cells["FSSS"][1] != cells["FSSS"][0]
+
+
 def test_deepseek_keeps_every_indexer_since_its_own_code_cannot_share(
     cli: Any, make_checkpoint: Callable[..., Path], dsa_config: Callable[..., Any], tmp_path: Path
 ) -> None:
