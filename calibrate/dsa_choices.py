@@ -24,24 +24,24 @@ MEASURES = ("iou", "recovered", "mass", "mass_flat")
 
 
 @torch.no_grad()
-def choices(model: Any, plan: Plan, other: Plan, windows: Sequence[Tensor], listen: Listener) -> dict[str, Any]:
-    """What ``other`` chooses beside what ``plan`` chooses.
+def choices(model: Any, plan: Plan, windows: Sequence[Tensor], listen: Listener) -> dict[str, Any]:
+    """What ``plan`` chooses beside what the same indexers choose flat: among all tokens, with all heads.
 
-    Every layer is judged on the hidden states that ``other`` gives it; ``plan``'s choice is made from the same ones.
+    Every layer is judged on the hidden states that ``plan`` gives it; the flat choice is made from the same ones.
 
     Returns:
         ``layers``: a row an indexed layer with a mean of each measure; and the means over all of them.
     """
+    assert plan.dsa is not None
     sums: dict[int, Tensor] = {}
     rows: dict[int, int] = {}
+    step = Step(
+        decode=True,
+        beside=plan.dsa.model_copy(update={"hisa": None, "misa": None}),
+        observe=lambda seen: _add(seen, sums, rows),
+    )
     for tokens in tracked(windows, "compare choices", listen, len(windows)):
-        step = Step(decode=True, beside=plan.dsa)
-
-        def note(seen: Selection) -> None:
-            _add(seen, sums, rows)
-
-        step.observe = note
-        with applied(model, other), stepping(step):
+        with applied(model, plan), stepping(step):
             model.get_decoder()(input_ids=tokens[None].to(model.device), use_cache=False)
     found = {layer: (total / max(1, rows[layer])).tolist() for layer, total in sorted(sums.items())}
     table = [{"layer": layer, **dict(zip(MEASURES, values, strict=True))} for layer, values in found.items()]

@@ -53,5 +53,5 @@ def changed(
     readable = int(program.model.config.max_position_embeddings)
     length = context or calibration.longest("search", min(readable, LONGEST), 1)
     texts = list(calibration.windows("search", length, windows, seed=program.seed))
-    measured = {"choice": choices(program.model, plan, other, texts, program.listen), "context": length}
+    measured = {"choice": choices(program.model, other, texts, program.listen), "context": length}
     return PassResult(other, dict(program.tensors), {**measured, "windows": windows, **change})
