@@ -63,6 +63,7 @@ class Pooled:
         counts = torch.nn.functional.pad(real.float(), (0, pad)).view(batch, -1, block)
         sums, count = parts.cumsum(2), counts.cumsum(2)
         self.upto = (sums / count.clamp_min(1)[..., None]).flatten(1, 2)[:, :keys]  # [batch, keys, dim]
+        self.real = count[:, :, -1] > 0  # [batch, blocks]: not all padding
         self.whole = sums[:, :, -1] / count[:, :, -1].clamp_min(1)[..., None]  # [batch, blocks, dim]
 
     def scores(self, q: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,7 @@ class Pooled:
 
         Returns:
             [batch, rows, heads, blocks], where the row's own block is pooled up to the row, and bool [batch, rows, 1,
-            blocks]: blocks that begin at or before the row.
+            blocks]: blocks with a real token that begin at or before the row.
         """
         found = torch.relu(q @ self.whole.transpose(-1, -2)[:, None])
         own = at // self.block
@@ -82,7 +83,7 @@ class Pooled:
         near = torch.relu((q * partial[:, :, None]).sum(-1, keepdim=True))
         found = found.scatter(-1, own[:, :, None, None].expand(-1, -1, q.shape[2], -1), near)
         begun = torch.arange(self.blocks, device=q.device) <= own[..., None]
-        return found, begun[:, :, None]
+        return found, (begun & self.real[:, None])[:, :, None]
 
 
 def _blocks(dsa: Dsa) -> set[int]:
@@ -131,7 +132,7 @@ def _gated(scores: Tensor, q: Tensor, k: Tensor, w: Tensor, visible: Tensor, lea
 def _routed(q: Tensor, w: Tensor, at: Tensor, misa: Misa, pooled: Pooled) -> tuple[Tensor, Tensor]:
     """Queries and weights of each row's best heads: [batch, rows, heads, dim] and [batch, rows, heads]."""
     found, begun = pooled.scores(q, at)
-    mean = (found * begun).sum(-1) / begun.sum(-1)
+    mean = (found * begun).sum(-1) / begun.sum(-1).clamp_min(1)
     best = (w * mean).abs().topk(min(misa.heads, w.shape[-1]), dim=-1).indices  # a weight may be negative
     return q.gather(2, best[..., None].expand(-1, -1, -1, q.shape[-1])), w.gather(-1, best)
 
@@ -153,7 +154,7 @@ def _in_blocks(
     kept = torch.zeros_like(ranks, dtype=torch.bool)
     best = ranks.topk(min(hisa.top_blocks, pooled.blocks), dim=-1)
     kept.scatter_(-1, best.indices, best.values > NEVER)
-    kept[..., 0] = True
+    kept.scatter_(-1, pooled.real.int().argmax(-1)[:, None, None].expand(-1, kept.shape[1], 1), True)  # the first one
     kept.scatter_(-1, (at // hisa.block)[..., None], True)
     order = kept.float().topk(min(hisa.top_blocks + 2, pooled.blocks), dim=-1)  # the kept ones first, then padding
     tokens = (order.indices[..., None] * hisa.block + torch.arange(hisa.block, device=k.device)).flatten(-2)

@@ -122,10 +122,10 @@ def test_replay_from_any_layer_is_the_whole_pass(model: Any, tokens: Tensor) -> 
             torch.testing.assert_close(replay.run(layer)[0], expected, atol=1e-4, rtol=1e-4)
 
 
-def indexed(seed: int = 0, keys: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def indexed(seed: int = 0, keys: int = 200, heads: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    q, k = torch.randn(2, keys, 4, 16, generator=generator), torch.randn(2, keys, 16, generator=generator)
-    w = torch.randn(2, keys, 4, generator=generator)
+    q, k = torch.randn(2, keys, heads, 16, generator=generator), torch.randn(2, keys, 16, generator=generator)
+    w = torch.randn(2, keys, heads, generator=generator)
     return q, k, w, torch.ones(keys, keys, dtype=torch.bool).tril().expand(2, -1, -1)
 
 
@@ -195,14 +195,17 @@ def test_hisa_and_misa_together_and_their_length_gates() -> None:
     assert torch.equal(gated[:, 100:], found[:, 100:])
 
 
-def test_padding_on_the_left_changes_no_flat_choice_and_is_never_chosen() -> None:
-    q, k, w, visible = indexed(4, 80)
-    padded = visible.clone()
-    padded[0, :, :16] = False
-    dsa = Dsa.model_validate({"top_k": 10, "heads": 4, "dim": 16, "hisa": {"block": 16, "top_blocks": 2}})
-    found = sets(choose(q, k, w, padded, dsa), padded)
-    assert not found[0, :, :16].any()
-    assert torch.equal(found[1], sets(choose(q, k, w, visible, dsa), visible)[1])
+@pytest.mark.parametrize("way", [{"hisa": {"block": 16, "top_blocks": 2}}, {"misa": {"heads": 12, "block": 16}}])
+def test_blocks_of_padding_change_no_choice(way: dict[str, Any]) -> None:
+    q, k, w, visible = indexed(4, 80, heads=16)  # so many that no two tokens score alike
+    dsa = Dsa.model_validate({"top_k": 10, "heads": 16, "dim": 16, **way})
+    expected = sets(choose(q, k, w, visible, dsa), visible)
+    pad = torch.nn.functional.pad
+    padded = pad(visible, (32, 0, 32, 0))
+    inputs = (pad(q, (0, 0, 0, 0, 32, 0), value=3.0), pad(k, (0, 0, 32, 0), value=3.0), pad(w, (0, 0, 32, 0)))
+    found = sets(choose(*inputs, padded, dsa), padded)
+    assert not found[:, :, :32].any()
+    assert torch.equal(found[:, 32:, 32:], expected)
 
 
 @pytest.mark.parametrize(
