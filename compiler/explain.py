@@ -12,7 +12,7 @@ from sparsec.errors import ArtifactError
 from sparsec.export import evaluation
 from sparsec.export.evaluation import NONE
 from sparsec.export.selectors import KINDS, break_even_words, head_rows, share, unit
-from sparsec.export.words import MINUS, elsewhere, far_words, measured, own_indexers, size
+from sparsec.export.words import MINUS, elsewhere, far_words, measured, memory, own_indexers, size
 from sparsec.layout import MANIFEST, MEASUREMENTS, REPORT, check_tensors, is_artifact, read_json, read_plan
 from sparsec.plan import Plan
 
@@ -66,7 +66,7 @@ def artifact_text(path: Path, data: Mapping[str, Any]) -> str:
         f"of dimension {shape.head_dim}",
         f"passes    {', '.join(p.name for p in plan.passes) or 'none'}",
         f"plan      {plan.digest[:16]}, written by {plan.producer}",
-        "runs on   PyTorch reference (CPU, CUDA): sparse attention computed exactly, memory saved, no kernels yet",
+        f"runs on   PyTorch reference (CPU, CUDA): sparse attention computed exactly, {memory(plan)}, no kernels yet",
         f"          stock Transformers opens it as {elsewhere(plan, trained=made['weights'] == 'trained')}",
         "",
         *_plan_lines(plan),

@@ -14,6 +14,7 @@ from sparsec.export.words import (
     elsewhere,
     gate_words,
     kept_heads,
+    memory,
     model_name,
     percent,
     plural,
@@ -71,7 +72,7 @@ def model_card(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[st
         f"{count(text['tokens']['train'])} tokens to train on, {count(text['tokens']['search'])} to search on, "
         f"{count(text['tokens']['heldout'])} held out; no document is in two of them.",
         "## Limits",
-        _limits(gate, source),
+        _limits(plan, gate, source),
         "## How to make it again",
         "Inside this folder; paths are as they were given then:",
         _fenced(commands(manifest), "sh"),
@@ -117,11 +118,11 @@ def _measured(gate: Mapping[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _limits(gate: Mapping[str, Any], source: Mapping[str, Any]) -> str:
+def _limits(plan: Plan, gate: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     limits = [
         "Quality was measured on the held-out part of the calibration text only, not on tasks or other domains.",
         f"Contexts longer than {count(gate['context'])} tokens were not judged by the gate.",
-        "It runs on the PyTorch reference (CPU, CUDA) only. The memory is really saved; no speed is claimed.",
+        f"It runs on the PyTorch reference (CPU, CUDA) only: {memory(plan)}; no speed is claimed.",
     ]
     if source["license"] is None:
         limits.append("The source states no license: look up the base model's before you pass this on.")

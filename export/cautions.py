@@ -195,6 +195,8 @@ def _search(search: Mapping[str, Any]) -> list[str]:
         found.append(f"Sharing lowered the loss ({fall}) on the text that chose the pattern: a gain is not claimed.")
     if search["stopped"] == "budget":
         found.append("The search for a sharing pattern ended at its loss budget, before the target was reached.")
+    if search["stopped"] == "unclear":
+        found.append("The search for a sharing pattern ended early: the best two flips could not be told apart.")
     return found
 
 

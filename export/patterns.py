@@ -22,9 +22,8 @@ def sharing(search: Mapping[str, Any], budget: float | None) -> str:
         "sharing",
         "Sharing index sets between layers",
         paragraph(
-            f"Layers marked S read the index set of the nearest F before them. {len(flips)} of {len(layers)} indexed "
-            f"layers were flipped from F to S, each time the one that hurts least: the loss went from {base:.4f} to "
-            f"{search['loss_after']:.4f} nats a token ({change(search['loss_after'] / base - 1)})."
+            f"Layers marked S read the index set of the nearest F before them. {_found(search)}: the loss went from "
+            f"{base:.4f} to {search['loss_after']:.4f} nats a token ({change(search['loss_after'] / base - 1)})."
         ),
         paragraph(search["pattern"], "mono"),
         figure(svg.sharing(search["pattern"], layers), caption, keys),
@@ -38,6 +37,14 @@ def sharing(search: Mapping[str, Any], budget: float | None) -> str:
         *(_overlap(search) if search["overlap"] else []),
         *(_served(search["trained"]) if "trained" in search else []),
     )
+
+
+def _found(search: Mapping[str, Any]) -> str:
+    """How the pattern came about."""
+    if search["stopped"] == "given":
+        return "This pattern was given, nothing was searched"
+    flips, layers = search["flips"], search["layers"]
+    return f"{len(flips)} of {len(layers)} indexed layers were flipped from F to S, each time the one that hurts least"
 
 
 def _served(fit: Mapping[str, Any]) -> list[str]:

@@ -42,6 +42,7 @@ from sparsec.export.words import (
     far_words,
     gate_words,
     measured,
+    memory,
     model_name,
     plural,
     readings,
@@ -234,7 +235,7 @@ def _warnings(warnings: Sequence[str]) -> str:
 def _foot(plan: Plan, manifest: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     words = (
-        "The PyTorch reference runs this plan: the memory is really saved, no speed is claimed. "
+        f"The PyTorch reference runs this plan: {memory(plan)}, no speed is claimed. "
         "Contexts longer than those measured are not shown."
     )
     made = f"Plan {plan.digest[:16]}. {versions}; device {manifest['device']}, dtype {manifest['dtype']}."

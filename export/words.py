@@ -166,6 +166,15 @@ def gate_words(gate: Mapping[str, Any]) -> str:
     )
 
 
+def memory(plan: Plan) -> str:
+    """What the reference saves of the cache."""
+    if plan.dsa is None:
+        return "memory really saved"
+    shared = plan.pattern.count("S")
+    kept = "every latent stays in the cache"
+    return f"{kept}, {plural(shared, 'shared layer')} without index keys" if shared else kept
+
+
 def elsewhere(plan: Plan, *, trained: bool) -> str:
     """What stock Transformers makes of an artifact."""
     if plan.dsa is None:

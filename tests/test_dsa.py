@@ -364,6 +364,11 @@ def test_left_out_tensors_leave_the_index_of_shards(
     gone = {name for name in given if ".layers.1.self_attn.indexer" in name or ".layers.2.self_attn.indexer" in name}
     assert set(index) == set(given) - gone == set(stored(tmp_path / "out"))
     assert load(tmp_path / "out").model.sparsec_plan.pattern == "FSSF"
+    said = [(tmp_path / "out" / name).read_text() for name in ("report.html", "README.md")]
+    assert "This pattern was given, nothing was searched" in said[0]
+    for text in (*said, cli("inspect", tmp_path / "out").out):
+        assert "every latent stays in the cache, 2 shared layers without index keys" in text
+        assert "memory really saved" not in text
 
 
 def test_dense_beside_an_artifact_that_lacks_indexers_is_the_source_with_all_of_them(
