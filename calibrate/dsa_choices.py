@@ -54,8 +54,7 @@ def _add(seen: Selection, sums: dict[int, Tensor], rows: dict[int, int]) -> None
     chosen, flat = seen.keep[0, 0], seen.beside[0, 0]
     free = seen.visible[0, 0].sum(-1) > flat.sum(-1)
     both = (chosen & flat).sum(-1)
-    logits = (seen.q[0].float() @ seen.k[0].float().transpose(-1, -2)) * seen.scale
-    weights = logits.masked_fill(~seen.visible[0], float("-inf")).softmax(-1).mean(0)
+    weights = seen.weights()[0].mean(0)
     figures = torch.stack(
         [
             both / (chosen | flat).sum(-1),

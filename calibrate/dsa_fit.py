@@ -79,8 +79,7 @@ def _targets(seen: Selection, window: Window) -> None:
     first, last = int(seen.q_pos[0, 0]), int(seen.q_pos[0, -1])
     places = (window.rows >= first) & (window.rows <= last)
     at = (window.rows[places] - first).to(seen.q.device)
-    logits = (seen.q[0, :, at].float() @ seen.k[0].float().transpose(-1, -2)) * seen.scale
-    weights = logits.masked_fill(~seen.visible[0, :, at], float("-inf")).softmax(-1).mean(0)
+    weights = seen.weights(at)[0].mean(0)
     length = int(window.rows[-1]) + 1
     kept = window.target.setdefault(seen.layer, torch.zeros(len(window.rows), length, dtype=torch.float16))
     kept[places, : weights.shape[-1]] = weights[:, :length].half().cpu()

@@ -177,9 +177,8 @@ class Search:
             _, layer, _ = heapq.heappop(queue)
             found[layer] = self._trial(layer, left)
             heapq.heappush(queue, (float(found[layer].mean()) - now, layer, True))
-        skipped = (
-            (len(left) - len(found)) * len(self.windows) * self.plan.model.layers
-        )  # the plain search tries them too
+        # The plain search tries the others too.
+        skipped = (len(left) - len(found)) * len(self.windows) * self.plan.model.layers
         self.work.layers_plain += skipped
         self.work.tokens_plain += skipped * len(self.windows[0])
         return found

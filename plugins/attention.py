@@ -42,6 +42,11 @@ class Selection:
     scores: Callable[[], Tensor] | None = None  # of decode rows, before softmax and mask; None in a shared layer
     beside: Tensor | None = None  # as ``keep``: what Step.beside would keep
 
+    def weights(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """The true attention of these rows over all that they see: [batch, heads, rows, keys], float32."""
+        logits = (self.q[:, :, rows].float() @ self.k.float().transpose(-1, -2)) * self.scale
+        return logits.masked_fill(~self.visible[:, :, rows], float("-inf")).softmax(-1)
+
 
 @dataclass
 class Step:

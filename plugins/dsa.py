@@ -22,6 +22,7 @@ from sparsec.plan import Plan
 from sparsec.plugins.attention import Selection, Step
 from sparsec.plugins.dsa_choice import choose
 from sparsec.plugins.families import attention_modules, family_of
+from sparsec.plugins.masked import ROWS
 
 NAME = "sparsec_dsa"
 Rope = tuple[Tensor, Tensor]
@@ -42,22 +43,17 @@ class DsaRuntime:
         return self.plan.index_source(self.number), 0
 
 
-class Planned(nn.Module):
-    """The place of an indexer that the model was made without: it reads the set of the full layer below."""
+class SharedIndex(nn.Module):
+    """A shared layer's answer, with no weights: what the nearest full layer below chose in this call."""
 
     def __init__(self, runtime: DsaRuntime) -> None:
         super().__init__()
-        object.__setattr__(self, "runtime", runtime)
+        self.runtime = runtime
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The set, [batch, rows, top_k]."""
-        return shared_set(self.runtime)  # type: ignore[arg-type]
-
-
-def shared_set(runtime: DsaRuntime) -> Tensor:
-    """What the nearest full layer below chose in this call."""
-    assert runtime.step is not None
-    return runtime.step.index_sets[runtime.key]
+        assert self.runtime.step is not None
+        return self.runtime.step.index_sets[self.runtime.key]
 
 
 def check(model: nn.Module, plan: Plan) -> None:
@@ -81,40 +77,31 @@ def check(model: nn.Module, plan: Plan) -> None:
 
 def has_indexer(module: Any) -> bool:
     """Of its own, with weights."""
-    return module.indexer is not None and not isinstance(module.indexer, Planned)
+    return module.indexer is not None and not isinstance(module.indexer, SharedIndex)
 
 
-def install(model: nn.Module, plan: Plan) -> list[Any]:
-    """Let the model's indexers answer as the plan says. Weights are not touched, and no hook is needed."""
-    pairing = family_of(model.config).dsa
+def install(model: nn.Module, plan: Plan) -> None:
+    """Let the model's indexers answer as the plan says. Weights are not touched."""
+    interleaved = family_of(model.config).dsa == "interleaved"
     for number, module in enumerate(attention_modules(model)):
         runtime = DsaRuntime(plan, number)
         object.__setattr__(module, "sparsec", runtime)
-        indexer = module.indexer
+        indexer, shared = module.indexer, SharedIndex(runtime)
         if indexer is None:
-            module.indexer = Planned(runtime)
+            module.indexer = shared
         else:
-            answer = _Own(indexer, runtime, pairing == "interleaved") if runtime.key[0] == number else _Shared(runtime)
-            object.__setattr__(indexer, "forward", answer)
-    return []
+            own = plan.layers[number].index == "full"
+            object.__setattr__(indexer, "forward", _Own(indexer, runtime, interleaved) if own else shared.forward)
 
 
 def uninstall(model: nn.Module) -> None:
     """Back to the model's own ways."""
     for module in attention_modules(model):
-        if isinstance(module.indexer, Planned):
+        if isinstance(module.indexer, SharedIndex):
             del module.indexer
             module.indexer = None  # type: ignore[assignment]
         else:
             module.indexer.__dict__.pop("forward", None)
-
-
-@dataclass
-class _Shared:
-    runtime: DsaRuntime
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return shared_set(self.runtime)
 
 
 @dataclass
@@ -247,8 +234,8 @@ def _observed(
     beside = kept(other, visible) if other is not None else None
     real = visible[:, 0, -1]
     k_pos = torch.where(real, real.long().cumsum(1) - 1, -1)
-    for start in range(step.prompt, rows, TILE):
-        part = slice(start, min(start + TILE, rows))
+    for start in range(step.prompt, rows, ROWS):
+        part = slice(start, min(start + ROWS, rows))
         seen = keys - rows + part.stop
         yield Selection(
             runtime.number,
@@ -264,8 +251,6 @@ def _observed(
             beside=beside[:, :, part, :seen] if beside is not None else None,
         )
 
-
-TILE = 512  # rows an observer sees at once
 
 AttentionInterface.register(NAME, dsa_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -102,7 +102,11 @@ def install(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None
     check(model, plan, tensors)
     uninstall(model)
     dense = getattr(model.config, "_attn_implementation", None)
-    hooks = dsa.install(model, plan) if plan.dsa is not None else _install_heads(model, plan, tensors)
+    hooks: list[Any] = []
+    if plan.dsa is not None:
+        dsa.install(model, plan)
+    else:
+        hooks += _install_heads(model, plan, tensors)
     hooks.append(model.get_decoder().register_forward_pre_hook(_begin_call, with_kwargs=True))  # type: ignore[operator]
     object.__setattr__(model, "sparsec_installed", (hooks, dense))
     object.__setattr__(model, "sparsec_plan", plan)
