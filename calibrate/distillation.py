@@ -243,12 +243,12 @@ class _Run:
         self.saved = time.monotonic()
 
     def rate(self, step: int) -> float:
-        """Linear warm-up, cosine to a tenth."""
+        """Linear warm-up, cosine to nothing."""
         s = self.settings
         if step < s.warmup:
             return s.lr * (step + 1) / s.warmup
         share = (step - s.warmup) / max(1, s.steps - s.warmup)
-        return s.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+        return s.lr * 0.5 * (1 + math.cos(math.pi * share))
 
     def advance(self, step: int, tokens: Tensor, taught: TopK) -> None:
         """One optimizer step."""

@@ -38,7 +38,6 @@ class Distill(Pass):
             "weights": "lora",
             "steps": 20,
             "batch": 1,
-            "windows": 20,
             "held_windows": 2,
             "checks": 2,
             "lr": 3e-4,
@@ -63,7 +62,9 @@ class Distill(Pass):
         default=1.0, gt=0, le=1, description="tokens a window, as a share of what the model reads, at most 16384"
     )
     rows: int = Field(default=512, ge=16, description="last tokens of a window, run as decode rows (the paper: 300)")
-    windows: int = Field(default=512, ge=1, description="different windows; the teacher reads each once")
+    windows: int | None = Field(
+        default=None, ge=1, description="different windows, each read by the teacher once; null: none trains twice"
+    )
     questions: float = Field(
         default=0.5, ge=0, le=1, description="share of windows with hidden facts that are asked for"
     )
@@ -85,6 +86,10 @@ class Distill(Pass):
             raise ValueError(f"micro_batch {self.micro_batch} is more than batch {self.batch}: lower it")
         return self
 
+    @property
+    def _windows(self) -> int:
+        return self.steps * self.batch if self.windows is None else self.windows
+
     def tier_of_run(self) -> Tier:
         """LoRA takes minutes, all weights are the dear kind."""
         return "minutes" if self.weights == "lora" else "hours"
@@ -100,7 +105,7 @@ class Distill(Pass):
             calibration,
             "train",
             length=length,
-            count=self.windows,
+            count=self._windows,
             rows=rows,
             questions=self.questions,
             seed=program.seed,
@@ -151,8 +156,8 @@ class Distill(Pass):
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """A step is a forward and a backward, worth three forwards; the teacher reads every window once."""
         length = self.wanted_context(max_positions)
-        forwards = 3 * self.steps * self.batch + self.windows + 2 * self.held_windows * (self.checks + 2)
-        return Cost(tokens=forwards * length, resident=self.windows * length * self.top_k * 6)
+        forwards = 3 * self.steps * self.batch + self._windows + 2 * self.held_windows * (self.checks + 2)
+        return Cost(tokens=forwards * length, resident=self._windows * length * self.top_k * 6)
 
     def wanted_context(self, readable: int) -> int:
         """Far selection and far heads only learn in windows as long as those that they will run in."""
