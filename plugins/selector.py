@@ -85,16 +85,17 @@ def select(
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)
     distance = q_pos[:, None, :, None] - k_pos[:, None, None, :]
     forced = (k_pos[:, None, None, :] < selector.sinks) | (distance < selector.recent)
-    far, least = weights.masked_fill(forced, 0.0), selector.min_keep
-    if selector.granularity == "block":
-        index = (k_pos.clamp_min(0) // selector.block)[:, None, None, :].expand(weights.shape)
-        weights, far = by_block(weights, index), by_block(far, index)
+    least = selector.min_keep
+    if selector.granularity == "block":  # forced ones too are kept whole
+        index = (k_pos.clamp_min(0) // selector.block)[:, None, None, :]
+        forced = by_block((forced & visible).float(), index.expand(visible.shape)) > 0
+        weights = by_block(weights, index.expand(weights.shape))
         least = -(-least // selector.block)
-    keep = top_p(weights, selector.top_p) | largest(far, least)
+    keep = top_p(weights, selector.top_p) | largest(weights.masked_fill(forced, 0.0), least) | forced
     if selector.granularity == "block":
-        keep = keep.gather(-1, index)
+        keep = keep.gather(-1, index.expand(*keep.shape[:-1], visible.shape[-1]))
     short = (q_pos < min_context)[:, None, :, None]
-    keep = (keep | forced | short) & visible
+    keep = (keep | short) & visible
     if union if union is not None else selector.scope == "layer":
         keep = keep.any(1, keepdim=True)
     return keep

@@ -126,6 +126,7 @@ def naive_keep(scores: Tensor, t: int, plan: Plan) -> set[int]:
         units = [list(range(b, min(b + selector.block, t + 1))) for b in range(0, t + 1, selector.block)]
     mass = [float(weights[unit].sum()) for unit in units]
     forced = {*range(min(selector.sinks, t + 1)), *range(max(0, t + 1 - selector.recent), t + 1)}
+    forced = {j for unit in units if forced & set(unit) for j in unit}
     kept, total, last = set(forced), 0.0, 0.0
     for place in sorted(range(len(units)), key=lambda i: -mass[i]):
         if total >= selector.top_p and mass[place] < last * (1 - 1e-4):

@@ -83,7 +83,7 @@ def test_one_key_with_all_mass_is_found_in_seven_tokens() -> None:
     row = one(seen(plan_of(), true, true))
     assert (row["layer"], row["head"]) == (0, 0)
     assert row["kept_mean"] == row["oracle_kept_mean"] == 2 + 4 + 1  # sinks, recent tokens, and the one
-    assert row["other_kept_mean"] == 2 + 4 + 8  # its block of 8
+    assert row["other_kept_mean"] == 8 + 8 + 8  # as blocks of 8: of the sinks, the recent tokens, and the one
     for figure in ("recall_mean", "sinkless_mean", "far_mean", "other_recall_mean", "oracle_recall_mean"):
         assert row[figure] == pytest.approx(1.0, abs=1e-5), figure
 
@@ -127,7 +127,7 @@ def test_scattered_keys_cost_a_block_each(run: str) -> None:
     """T-23: what is run and what the other granularity would keep, whichever is run."""
     true = spread(**{f"k{k}": 0.19 for k in (12, 20, 28, 36, 44)})
     row = one(seen(plan_of(granularity=run), true, true))
-    tokens, blocks = 5 + 6, 5 * 8 + 6
+    tokens, blocks = 5 + 6, 5 * 8 + 2 * 8
     kept, other = (tokens, blocks) if run == "token" else (blocks, tokens)
     assert (row["kept_mean"], row["other_kept_mean"]) == (kept, other)
     assert row["recall_mean"] <= row["other_recall_mean"] if run == "token" else row["recall_mean"] >= 0.95
@@ -239,14 +239,14 @@ def test_what_it_says_is_what_the_layers_did(model: Any) -> None:
                 assert tile.scores is not None
                 scores = tile.scores()[0, place, row, :context].softmax(-1)
                 mass = torch.tensor([float(part.sum()) for part in scores.split(8)])
-                order, total, taken = mass.sort(descending=True).indices.tolist(), 0.0, set(range(2))
+                order, total, taken = mass.sort(descending=True).indices.tolist(), 0.0, set(range(8))
                 edge = 0.0
                 for block in order:
                     if total >= 0.6 and mass[block] < edge * (1 - 1e-4):  # ties at the edge stay
                         break
                     taken |= set(range(8 * block, min(8 * block + 8, context)))
                     total, edge = total + float(mass[block]), edge if total >= 0.6 else float(mass[block])
-                blocks.append(len(taken | set(range(context - 4, context))))
+                blocks.append(len(taken | set(range((context - 4) // 8 * 8, context))))
             found = rows[tile.layer, head]
             assert found["recall_mean"] == pytest.approx(sum(recalls) / len(recalls), abs=1e-5)
             assert found["sinkless_mean"] == pytest.approx(sum(sinkless) / len(sinkless), abs=1e-5)
