@@ -10,7 +10,7 @@ PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
-# Without its torch line: pip keeps the PyTorch that TORCH named.
+# Without its torch line, and without Triton's where PyTorch brought one: pip keeps the PyTorch that TORCH named.
 PINS := $(VENV)/constraints.txt
 SOURCES := pyproject.toml $(shell find sparsec plugins calibrate passes export compiler -name '*.py')
 DEMO := out/demo
@@ -71,6 +71,7 @@ $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(TORCH)
 	grep -v '^torch==' constraints.txt > $(PINS)
+	if $(BIN)/python -c 'import triton' 2> /dev/null; then sed -i '/^triton==/d' $(PINS); fi
 	touch $@
 
 # Not editable: checks and demo run what users get. build/ goes, because setuptools packs what old builds left there.

@@ -37,7 +37,7 @@ def decode_logits(
     """
     ids = tokens.to(model.device)
     planned = getattr(model, "sparsec_plan", None) is not None
-    cache = new_cache(model) if planned else DynamicCache(config=model.config)
+    cache = new_cache(model, "reference") if planned else DynamicCache(config=model.config)
     with rows_as("prefill"):
         model.get_decoder()(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
     with stepping(Step(decode=True, observe=observe)):

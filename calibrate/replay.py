@@ -36,7 +36,7 @@ class Replay:
         self.calls: list[dict[str, Any]] = []  # what each layer was called with, beside the hidden states
         self.inputs: list[Tensor] = []  # hidden states at each layer boundary under the accepted plan
         self.index_sets: dict[tuple[int, int], Tensor] = {}
-        cache, replayed = new_cache(model), self.tokens
+        cache, replayed = new_cache(model, "reference"), self.tokens
         self.prompt = 0  # replayed rows that are prefill rows
         if model.sparsec_plan.selects_in_prefill:
             replayed, self.prompt = tokens.to(model.device), prompt

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from sparsec.plugins.cache import SparseLayer
 from sparsec.plugins.compensation import Dropped, compensated
 from sparsec.plugins.masked import ROWS, dense, gathered, windowed
 from sparsec.plugins.selector import Indexer, causal, select, unrotate
+
+if TYPE_CHECKING:
+    from sparsec.plugins.kernels.cache import KernelLayer
 
 
 @dataclass
@@ -61,6 +64,8 @@ class Step:
     index_sets: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     beside: Dsa | None = None  # observers also see what a model's own indexers would choose in this way
     positions: Tensor | None = None  # [batch, keys] token numbers, -1 padding
+    padded: bool | None = None  # some of them are
+    kernel_sets: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # by layer: what is kept by
 
 
 @dataclass
@@ -77,8 +82,9 @@ class LayerRuntime:
     windowed: Tensor  # local query heads on full KV heads
     retrieval: Tensor
     rope: tuple[Tensor, Tensor] | None = None  # this call's cos, sin
-    cache: SparseLayer | None = None  # this call's cache
+    cache: SparseLayer | KernelLayer | None = None  # this call's cache
     step: Step | None = None
+    tables: Any = None  # of the kernels: which heads they run
 
 
 def layer_runtime(plan: Plan, number: int, indexer: Indexer | None, device: torch.device) -> LayerRuntime:
@@ -138,6 +144,8 @@ def sparsec_attention(
     if kwargs.get("softcap") is not None or dropout:
         raise ValueError("sparsec attention has no soft cap and no dropout: use the dense model")
     cache, step = runtime.cache, runtime.step or Step(decode=False)
+    if cache is not None and not isinstance(cache, SparseLayer):
+        return _on_kernels(runtime, step, cache, query, key, value, attention_mask, scale), None
     past = cache.length if cache is not None else 0
     if step.positions is None or step.positions.shape[1] != past + query.shape[2]:
         step.positions = token_numbers(attention_mask, query.shape[0], past + query.shape[2], query.device)
@@ -148,6 +156,36 @@ def sparsec_attention(
     if cache is not None and step.commit:
         cache.length = pos.shape[1]
     return out.transpose(1, 2), None
+
+
+def _on_kernels(
+    rt: LayerRuntime,
+    step: Step,
+    cache: KernelLayer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The same on Triton's kernels: [batch, rows, heads, head_dim]."""
+    from sparsec.plugins.kernels import attention as kernels
+
+    rows = q.shape[2]
+    if step.observe is not None or step.observe_prefill is not None or (step.decode and rows > 1):
+        raise ValueError("kernels run one decode row at a time, unobserved: new_cache(model, kernels='reference')")
+    out = torch.empty(q.shape[0], rows, *q.shape[1::2], dtype=q.dtype, device=q.device).transpose(1, 2)
+    if step.decode:
+        kernels.decode_step(rt, step, q, k, v, scale, out)
+        return out.transpose(1, 2)
+    if step.positions is None:
+        step.positions = token_numbers(mask, q.shape[0], cache.length + rows, q.device)
+        step.padded = mask is not None and bool((step.positions < 0).any())
+        new = step.positions[:, cache.length :]
+        if cache.length and step.padded and bool((new[:, 0] < 0).any()):
+            raise ValueError("the kernels' cache takes padding on the left of the first call only: pad on the right")
+    kernels.prefill(rt, step, q, k, v, step.positions.to(q.device), bool(step.padded), scale, out)
+    return out.transpose(1, 2)
 
 
 def token_numbers(mask: Tensor | None, batch: int, total: int, device: torch.device) -> Tensor:

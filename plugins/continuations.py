@@ -60,7 +60,7 @@ def scored_logits(model: Any, windows: Sequence[Window]) -> list[Tensor]:
     places: dict[tuple[int, ...], int] = {}
     at = [places.setdefault(window.tokens[: window.prompt], len(places)) for window in windows]
     planned = getattr(model, "sparsec_plan", None) is not None
-    cache = new_cache(model) if planned else DynamicCache(config=model.config)
+    cache = new_cache(model, "reference") if planned else DynamicCache(config=model.config)
     prompt, mask = padded(list(places), left=True)
     most = max(window.from_prompt for window in windows)
     with rows_as("prefill"):

@@ -13,7 +13,9 @@ import sparsec.plugins.auto  # noqa: F401  makes AutoModelForCausalLM read plans
 from sparsec.errors import ArtifactError
 from sparsec.layout import check_tensors, read_plan
 from sparsec.plugins.device import check_dtype, device_map
+from sparsec.plugins.kernels.support import Kernels
 from sparsec.plugins.quiet import silenced
+from sparsec.plugins.runtime import use_kernels
 
 
 class Loaded(NamedTuple):
@@ -23,16 +25,17 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-def load(path: str | Path, *, device: str = "cpu", dtype: str = "auto") -> Loaded:
+def load(path: str | Path, *, device: str = "cpu", dtype: str = "auto", kernels: Kernels = "reference") -> Loaded:
     """A model whose ``generate()`` runs the artifact's plan.
 
     Args:
         path: a local artifact; for one on the Hub, ``import sparsec`` and ``AutoModelForCausalLM.from_pretrained``.
         device: ``cpu``, ``cuda``, ``cuda:<n>`` or ``auto``.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as stored).
+        kernels: ``reference``, ``triton``, or ``auto``: Triton's kernels on a GPU where they can run the plan.
 
     Raises:
-        UsageError: an unknown device or dtype, or a GPU that is not there.
+        UsageError: an unknown device or dtype, a GPU that is not there, or kernels that cannot run there.
         ArtifactError: no artifact, a damaged one, or one that is too large for the device.
         PlanError: plan, tensors and model do not fit together.
     """
@@ -59,4 +62,5 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str = "auto") -> Loade
     lost = sorted(info["missing_keys"])
     if lost:
         raise ArtifactError(f"{path} lacks the weights {', '.join(lost[:3])}: copy or compile it again")
+    use_kernels(model, kernels)
     return Loaded(model.eval().requires_grad_(False), tokenizer)

@@ -27,6 +27,7 @@ from sparsec.plugins import dsa
 from sparsec.plugins.attention import Step, layer_runtime, sparsec_attention
 from sparsec.plugins.cache import SparseLayer
 from sparsec.plugins.families import attention_modules, native_local_layers, shape_of
+from sparsec.plugins.kernels.support import Kernels, chosen
 from sparsec.plugins.selector import Indexer
 
 NAME = "sparsec"
@@ -111,8 +112,20 @@ def install(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None
     object.__setattr__(model, "sparsec_installed", (hooks, dense))
     object.__setattr__(model, "sparsec_plan", plan)
     object.__setattr__(model.get_decoder(), "sparsec_plan", plan)  # type: ignore[operator]
+    object.__setattr__(model.get_decoder(), "sparsec_kernels", "reference")  # type: ignore[operator]
     object.__setattr__(model.get_decoder(), "sparsec_modules", attention_modules(model))  # type: ignore[operator]
     model.set_attn_implementation(NAME if plan.dsa is None else dsa.NAME)  # type: ignore[operator]
+
+
+def use_kernels(model: nn.Module, kernels: Kernels) -> None:
+    """What calls with a cache run on from now on: ``reference``, ``triton``, or ``auto``: Triton on GPUs where it can.
+
+    Raises:
+        UsageError: ``triton`` is demanded and cannot run, with the reason.
+    """
+    first = next(model.parameters())
+    chosen(kernels, model.sparsec_plan, first.device, first.dtype)  # type: ignore[arg-type]
+    object.__setattr__(model.get_decoder(), "sparsec_kernels", kernels)  # type: ignore[operator]
 
 
 def _install_heads(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> list[Any]:
@@ -146,7 +159,7 @@ def uninstall(model: nn.Module) -> None:
             del module.indexer
     del model.sparsec_installed, model.sparsec_plan
     decoder = model.get_decoder()  # type: ignore[operator]
-    del decoder.sparsec_plan, decoder.sparsec_modules
+    del decoder.sparsec_plan, decoder.sparsec_modules, decoder.sparsec_kernels
     model.set_attn_implementation(dense)  # type: ignore[operator]
 
 
@@ -155,6 +168,7 @@ def applied(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor] | None =
     """``plan`` runs inside the block, what ran before runs after it."""
     before = getattr(model, "sparsec_plan", None)
     kept = indexer_tensors(model) if before is not None else {}
+    kernels: Kernels = model.get_decoder().sparsec_kernels if before is not None else "reference"  # type: ignore
     install(model, plan, tensors or {})
     try:
         yield
@@ -162,6 +176,7 @@ def applied(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor] | None =
         uninstall(model)
         if before is not None:
             install(model, before, kept)
+            use_kernels(model, kernels)
 
 
 @contextmanager
@@ -184,20 +199,29 @@ def stepping(step: Step) -> Iterator[None]:
         _step.reset(token)
 
 
-def new_cache(model: nn.Module) -> Cache:
-    """An empty cache for a model with a plan; pass it as ``past_key_values`` and keep it for the next turn."""
+def new_cache(model: nn.Module, kernels: Kernels | None = None) -> Cache:
+    """An empty cache for a model with a plan; pass it as ``past_key_values`` and keep it for the next turn.
+
+    Args:
+        kernels: what runs calls with this cache; None: as the model was loaded. Several decode rows at once, and
+            observers, need ``reference``.
+    """
     if model.sparsec_plan.dsa is not None:  # type: ignore[union-attr]
         return DynamicCache(config=model.config)
-    return fill_cache(DynamicCache(config=model.config), model.sparsec_plan, model.config)  # type: ignore[arg-type]
+    decoder = model.get_decoder()  # type: ignore[operator]
+    return _filled(DynamicCache(config=model.config), decoder, kernels or decoder.sparsec_kernels)
 
 
-def fill_cache(cache: Cache, plan: Plan, config: Any) -> Cache:
+def fill_cache(cache: Cache, plan: Plan, config: Any, *, kernels: bool = False) -> Cache:
     """Give an empty Transformers cache the layers that the plan needs; the object stays the caller's.
+
+    Args:
+        kernels: layers for the kernels instead of the reference.
 
     Raises:
         ValueError: the cache was filled by a dense model, or is of a kind that cannot hold a plan's layers.
     """
-    if any(isinstance(layer, SparseLayer) for layer in cache.layers):
+    if any(_ours(layer) for layer in cache.layers):
         return cache
     if type(cache) is not DynamicCache or cache.offloading:
         raise ValueError(f"a plan needs the default cache, not {type(cache).__name__}: drop cache_implementation")
@@ -206,19 +230,36 @@ def fill_cache(cache: Cache, plan: Plan, config: Any) -> Cache:
     native = native_local_layers(config)
     cache.layer_class_to_replicate = None
     cache.layers = [
-        DynamicSlidingWindowLayer(sliding_window=config.sliding_window)
-        if i in native
-        else SparseLayer(plan.window, plan.min_context)
+        DynamicSlidingWindowLayer(sliding_window=config.sliding_window) if i in native else _layer(plan, i, kernels)
         for i in range(plan.model.layers)
     ]
     return cache
+
+
+def _layer(plan: Plan, number: int, kernels: bool) -> Any:
+    if not kernels:
+        return SparseLayer(plan.window, plan.min_context)
+    from sparsec.plugins.kernels.cache import KernelLayer
+
+    return KernelLayer(plan, number)
+
+
+def _ours(layer: Any) -> bool:
+    return isinstance(layer, SparseLayer) or type(layer).__name__ == "KernelLayer"
+
+
+def _filled(cache: Cache, decoder: Any, kernels: Kernels) -> Cache:
+    """The cache with our layers, for the decoder's device and dtype."""
+    first = next(decoder.parameters())
+    on = chosen(kernels, decoder.sparsec_plan, first.device, first.dtype)
+    return fill_cache(cache, decoder.sparsec_plan, decoder.config, kernels=on)
 
 
 def kv_bytes(cache: Cache) -> int:
     """Bytes resident in a cache: keys, values (or latents) and index keys of all layers."""
     total = 0
     for layer in cache.layers:
-        if isinstance(layer, SparseLayer):
+        if _ours(layer):
             total += layer.nbytes
         elif layer.keys is not None:
             total += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
@@ -244,8 +285,8 @@ def _begin_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     cache = kwargs.get("past_key_values")
     if cache is None and kwargs.get("use_cache"):
         cache = kwargs["past_key_values"] = DynamicCache(config=config)
-    if cache is not None and plan.dsa is None:
-        fill_cache(cache, plan, config)
+    if cache is not None and plan.dsa is None and not any(_ours(layer) for layer in cache.layers):
+        _filled(cache, decoder, decoder.sparsec_kernels)  # type: ignore[arg-type]
     if kwargs.get("output_attentions"):
         raise ValueError("sparse attention has no dense attention weights to return: drop output_attentions")
     step = _step.get()
@@ -258,7 +299,8 @@ def _begin_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         step = Step(decode=one if rows is None else rows == "decode")
     else:
         step.index_sets.clear()
-        step.positions = None
+        step.positions = step.padded = None
+        step.kernel_sets.clear()
     for module in decoder.sparsec_modules:  # type: ignore[union-attr]
         module.sparsec.step = step
     return args, kwargs
@@ -270,7 +312,7 @@ def _note_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     runtime.rope = kwargs.get("position_embeddings")
     cache = kwargs.get("past_key_values")
     layer = cache.layers[runtime.number] if cache is not None else None
-    runtime.cache = layer if isinstance(layer, SparseLayer) else None
+    runtime.cache = layer if _ours(layer) else None
 
 
 __all__ = [
@@ -286,4 +328,5 @@ __all__ = [
     "stepping",
     "tensor_names",
     "uninstall",
+    "use_kernels",
 ]

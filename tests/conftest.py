@@ -15,6 +15,10 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+
+# Without a GPU Triton interprets its kernels; it reads this when it is imported, which torch may do.
+os.environ.setdefault("TRITON_INTERPRET", "0" if any(Path("/dev").glob("nvidia[0-9]*")) else "1")
+
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (

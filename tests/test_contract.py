@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 import sparsec
+from sparsec.errors import UsageError
 from sparsec.plan import ModelShape, Plan
+from sparsec.plugins.kernels.support import chosen, reason_against
 from sparsec.plugins.runtime import (
     applied,
     indexer_tensors,
@@ -26,6 +29,7 @@ from sparsec.plugins.runtime import (
     rows_as,
     tensor_names,
     uninstall,
+    use_kernels,
 )
 
 SHAPE = ModelShape(model_type="llama", layers=4, heads=6, kv_heads=3, head_dim=16)
@@ -644,3 +648,71 @@ def test_indexer_tensors_round_trip(model: Any) -> None:
         found = indexer_tensors(model)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+# The same on the kernels -------------------------------------------------------------------------------------------
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a CPU runs them in Triton's interpreter
+
+
+@torch.no_grad()
+def generated(model: Any, ids: Tensor, mask: Tensor | None, kernels: Any, chunks: list[int]) -> tuple[Tensor, Any]:
+    """Logits of a prompt in chunks and three decode steps, and the cache."""
+    cache, at, logits = new_cache(model, kernels), 0, []
+    for rows in [*chunks, 1, 1, 1]:
+        until = slice(at, at + rows)
+        more: dict[str, Any] = {}
+        if mask is not None:
+            seen = mask[:, : at + rows]
+            more = {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp_min(0)[:, at:]}
+        kind: Any = "prefill" if at < sum(chunks) else "decode"
+        with rows_as(kind):
+            logits.append(model(ids[:, until], past_key_values=cache, use_cache=True, **more).logits)
+        at += rows
+    return torch.cat(logits, 1), cache
+
+
+RUNS = ["shared index", "a set a head", "blocks", "after RoPE", "crossing while decoding", "no selector"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_kernels_equal_the_reference_under_a_plan(name: str, model: Any) -> None:
+    """Prompt in chunks, so that the ring is read back; one of two sequences is padded on the left."""
+    pytest.importorskip("triton")
+    plan, model = PLANS[name], copy.deepcopy(model).to(DEVICE)
+    ids = torch.randint(1, 97, (2, 40), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    with applied(model, plan, make_tensors(plan)):
+        true, _ = generated(model, ids, mask, "reference", [16, 8, 3])
+        found, cache = generated(model, ids, mask, "triton", [16, 8, 3])
+    real = mask[:, : true.shape[1]].bool()
+    assert torch.allclose(found[real], true[real], atol=2e-5), float((found - true)[real].abs().max())
+    assert kv_bytes(cache) > 0
+    assert cache.get_seq_length() == 30
+
+
+def test_who_runs_what(model: Any) -> None:
+    pytest.importorskip("triton")
+    plan = PLANS["blocks"]
+    cpu = torch.device("cpu")
+    assert chosen("reference", plan, DEVICE, torch.float32) is False
+    assert chosen("triton", plan, DEVICE, torch.float32) is True
+    assert chosen("auto", plan, cpu, torch.float32) is False
+    assert "float64" in str(reason_against(plan, DEVICE, torch.float64))
+    for name, words in (("compensated", "compensates"), ("query blocks", "prompts")):
+        with applied(model, PLANS[name], make_tensors(PLANS[name])), pytest.raises(UsageError, match=words):
+            use_kernels(model, "triton")
+
+
+def test_several_decode_rows_at_once_are_the_references_business(model: Any) -> None:
+    pytest.importorskip("triton")
+    plan, model = PLANS["no selector"], copy.deepcopy(model).to(DEVICE)
+    ids = torch.randint(1, 97, (1, 12)).to(DEVICE)
+    with applied(model, plan, make_tensors(plan)):
+        cache = new_cache(model, "triton")
+        with rows_as("prefill"):
+            model(ids[:, :8], past_key_values=cache, use_cache=True)
+        with rows_as("decode"), pytest.raises(ValueError, match="reference"):
+            model(ids[:, 8:], past_key_values=cache, use_cache=True)

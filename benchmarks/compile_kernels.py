@@ -1,0 +1,95 @@
+"""Compile every kernel for a Hopper GPU, on any machine: python benchmarks/compile_kernels.py
+
+Prints, for the shapes of Llama-3.1-8B in bfloat16, what each takes: shared memory, registers, spills, tensor-core
+instructions. Nothing runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from sparsec.plan import Selector, Window
+from sparsec.plugins.kernels import append, choose, decode
+from sparsec.plugins.kernels.window import window_prefill
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+HEADS, KV, DIM, SLOTS, RETRIEVAL = 32, 8, 128, 131072, 5
+
+
+def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    """In place of a launch."""
+    parameters = inspect.signature(self.fn).parameters
+    values = dict(zip(parameters, args, strict=False)) | options
+    build = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for place, (name, parameter) in enumerate(parameters.items()):
+        value = values[name]
+        if "constexpr" in str(parameter.annotation) or (isinstance(value, int) and value == 1):
+            signature[name], constants[place,] = "constexpr", value
+        else:
+            signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                aligned[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=aligned)
+    # PTX 8.3: newer than any that a Hopper driver refuses.
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=build | {"ptx_version": 83})
+    ptx = made.asm["ptx"]
+    registers = re.search(r"\.reg \.b32\s+%r<(\d+)>", ptx)
+    print(
+        f"{self.fn.__name__:16} shared {made.metadata.shared:7,d}  warps {made.metadata.num_warps}  "
+        f"virtual registers {registers.group(1) if registers else '?':>5}  "
+        f"wgmma {ptx.count('wgmma.mma_async'):3d}  mma {ptx.count('mma.sync'):3d}  cubin {len(made.asm['cubin']):,d}"
+    )
+
+
+def main() -> None:
+    """All kernels once, the selector's also for blocks."""
+    JITFunction.run = compiled
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    def halves(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    window, scale = Window(size=8192, sinks=4), DIM**-0.5
+    q, k = halves(1, HEADS, 4096, DIM), halves(1, KV, 4096, DIM)
+    window_prefill(q, k, k, q, ints(27), ints(27), window, 0, scale, ints(1))
+    one, far, near = halves(1, HEADS, 1, DIM), halves(1, KV, 1024, DIM), halves(1, KV, 8196, DIM)
+    index, queries = halves(1, RETRIEVAL, SLOTS, 16), torch.zeros(1, RETRIEVAL, 16)
+    projection = torch.zeros(RETRIEVAL, 16, DIM)
+    append.append(
+        one, k[:, :, :1], k[:, :, :1], (torch.zeros(1, 1, DIM),) * 2, (projection, projection), ints(1), ints(KV),
+        ints(RETRIEVAL), ints(RETRIEVAL), (near, near), (far, far), index, queries, 4,
+    )  # fmt: skip
+    partial, lse = torch.zeros(1, HEADS, 128, DIM), torch.zeros(1, HEADS, 128)
+    decode.window_decode(one, near, near, ints(1), ints(8, 16), ints(8), window, 0, scale, 8192, 32, partial, lse)
+    for granularity, item, size in (("token", 1, 1024), ("block", 64, 64)):
+        selector = Selector(
+            rank=16, rope="post", top_p=0.9, granularity=granularity, block=64, sinks=4, recent=64, min_keep=64
+        )
+        items = SLOTS // item
+        values, stats = torch.zeros(1, RETRIEVAL, items), torch.zeros(1, RETRIEVAL, SLOTS // choose.CHUNK, 3)
+        totals, edges = torch.zeros(1, RETRIEVAL), torch.zeros(1, RETRIEVAL, 2)
+        choose.score(index, queries, ints(1), item, values, stats)
+        sums = torch.zeros(2, 1, RETRIEVAL, choose.shares_of(items), 2 * choose.WAYS)
+        choose.search(values, ints(1), stats, selector, sums, torch.zeros(2, 1, RETRIEVAL, 3), totals, edges)
+        decode.chosen_decode(
+            one, far, far, ints(1), ints(RETRIEVAL, 16), ints(RETRIEVAL), values, totals, edges, ints(RETRIEVAL),
+            selector, 0, scale, ints(1, RETRIEVAL, items // size, size), partial, lse,
+        )  # fmt: skip
+    decode.combine(partial, lse, ints(HEADS), one, ints(1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""One layer of a plan on the kernels: what :func:`sparsec.plugins.attention.sparsec_attention` calls on a GPU.
+
+prefill   local heads: window kernel; retrieval heads: PyTorch's own dense attention (a first chunk), or the window
+          kernel with a window that never ends (later chunks); then everything is stored
+decode    append, window, [score, search], chosen, combine: six launches and more, no host synchronisation
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsec.plan import Window
+from sparsec.plugins.kernels import append, choose, decode
+from sparsec.plugins.kernels.cache import KernelLayer, Tables
+from sparsec.plugins.kernels.window import window_prefill
+from sparsec.plugins.selector import unrotate
+
+if TYPE_CHECKING:
+    from sparsec.plugins.attention import LayerRuntime, Step
+
+SHARE = 256  # keys of a window a program, until MOST programs divide it
+MOST = 64
+ALL = 1 << 30  # a window that never ends
+RANGE = {"token": 1024, "block": 64}  # items a program of chosen attention
+
+
+def prefill(
+    rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, padded: bool, scale: float, out: Tensor
+) -> None:
+    """Prompt rows.
+
+    Args:
+        q, out: [batch, heads, rows, head_dim]; k, v: [batch, KV heads, rows, head_dim].
+        pos: [batch, columns so far and new], token numbers, -1 where there is padding; ``padded``: somewhere there is.
+    """
+    cache, tables, plan = rt.cache, _tables(rt, q), rt.plan
+    assert isinstance(cache, KernelLayer)
+    rows = q.shape[2]
+    cache.prepare(k, _rank(rt), rows)
+    assert cache.lengths is not None
+    number = pos[:, -rows:]
+    # Padding is on the left of a first chunk, or on the right: row m is token first + m where it is one.
+    lead = (number < 0).int().cumprod(1).sum(1) if padded else 0
+    first = (cache.lengths - lead).to(torch.int32)
+    if len(tables.near_heads[0]):
+        near_k, near_v, heads, sink_at, window_at = k, v, tables.near_heads, first, first
+        if cache.length:
+            old_k, old_v, sink_at, window_at = cache.recent()
+            local = list(cache.local_kv)
+            near_k, near_v = torch.cat((old_k, k[:, local]), 2), torch.cat((old_v, v[:, local]), 2)
+            heads = tables.near_places
+        window_prefill(q, near_k, near_v, out, *heads, cache.window, plan.min_context, scale, first, sink_at, window_at)
+    index = _index_keys(rt, k)
+    fresh = cache.length == 0
+    cache.store(k, v, index, number, padded)
+    zero = torch.zeros_like(first)
+    if len(tables.beside_heads[0]):
+        where = (k, v, first, tables.beside_heads[1]) if fresh else (*cache.far, zero, tables.beside_places[1])
+        window_prefill(
+            q, where[0], where[1], out, tables.beside_heads[0], where[3], cache.window, plan.min_context, scale, first,
+            where[2], where[2],
+        )  # fmt: skip
+    if len(tables.retrieval):
+        if fresh and not padded:
+            _dense(q, k, v, rt.layer.retrieval, tables.retrieval_kv_heads, scale, out)
+        else:
+            endless = Window(size=ALL, sinks=0)
+            window_prefill(
+                q, *cache.far, out, tables.retrieval, tables.retrieval_places, endless, 0, scale, first, zero, zero
+            )
+
+
+def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+    """One new token of every sequence. q, out: [batch, heads, 1, head_dim]; k, v: [batch, KV heads, 1, head_dim]."""
+    cache, tables, plan = rt.cache, _tables(rt, q), rt.plan
+    assert isinstance(cache, KernelLayer)
+    cache.prepare(k, _rank(rt), 1)
+    assert cache.lengths is not None
+    batch, heads, _, dim = q.shape
+    indexed = rt.layer.index != "none" and plan.selector is not None
+    item = plan.selector.block if plan.selector is not None and plan.selector.granularity == "block" else 1
+    items = -(-cache.slots // item)
+    size = RANGE[plan.selector.granularity] if plan.selector is not None else 1
+    ranges = -(-items // size) if indexed else -(-cache.slots // 1024)
+    shares = min(MOST, -(-(cache.sinks + cache.ring) // SHARE))
+    most = max(shares, ranges)
+    partial = q.new_empty(batch, heads, most, dim, dtype=torch.float32)
+    lse = q.new_empty(batch, heads, most, dtype=torch.float32)
+    queries = q.new_empty(batch, max(1, cache.index.shape[1]), max(1, _rank(rt)), dtype=torch.float32)
+    rope = rt.rope if plan.selector is not None and plan.selector.rope == "pre" else None
+    projections = (rt.indexer.q_proj.weight, rt.indexer.k_proj.weight) if rt.indexer is not None else None
+    append.append(
+        q, k, v, rope, projections, cache.lengths, tables.kv_place, tables.retrieval, tables.retrieval_kv,
+        cache.near, cache.far, cache.index, queries, cache.sinks,
+    )  # fmt: skip
+    if len(tables.near[0]):
+        decode.window_decode(
+            q, *cache.near, cache.lengths, *tables.near, cache.window, plan.min_context, scale, cache.ring, shares,
+            partial, lse,
+        )  # fmt: skip
+    if len(tables.beside[0]):
+        decode.window_decode(
+            q, *cache.far, cache.lengths, *tables.beside, cache.window, plan.min_context, scale, 0, shares, partial, lse
+        )
+    if indexed:
+        assert plan.selector is not None
+        source = plan.index_source(rt.number)
+        if rt.layer.index == "full":
+            found = _chosen(rt, cache, queries, item, items)
+            step.kernel_sets[rt.number] = found
+        values, totals, edges = step.kernel_sets[source]
+        lists = torch.empty(batch, len(tables.sets), ranges, size, dtype=torch.int32, device=q.device)
+        decode.chosen_decode(
+            q, *cache.far, cache.lengths, *tables.chosen, values, totals, edges, tables.sets, plan.selector,
+            plan.min_context, scale, lists, partial, lse,
+        )  # fmt: skip
+    elif len(tables.retrieval):
+        endless = Window(size=ALL, sinks=0)
+        decode.window_decode(
+            q, *cache.far, cache.lengths, *tables.chosen, endless, 0, scale, 0, ranges, partial, lse
+        )  # fmt: skip
+    decode.combine(partial, lse, tables.shares(shares, ranges), out, cache.lengths, step.commit)
+    cache.length += int(step.commit)
+
+
+def _chosen(
+    rt: LayerRuntime, cache: KernelLayer, queries: Tensor, item: int, items: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of the items, the log of all weights, and the edges: what this layer and those that share it keep by."""
+    selector, lengths = rt.plan.selector, cache.lengths
+    assert selector is not None
+    assert lengths is not None
+    batch, scored = cache.index.shape[:2]
+    values = queries.new_empty(batch, scored, items)
+    stats = queries.new_empty(batch, scored, -(-cache.slots // choose.CHUNK), 3)
+    choose.score(cache.index, queries, lengths, item, values, stats)
+    totals, edges = queries.new_empty(batch, scored), queries.new_empty(batch, scored, 2)
+    if selector.top_p < 1:
+        sums = queries.new_empty(2, batch, scored, choose.shares_of(items), 2 * choose.WAYS)
+        choose.search(values, lengths, stats, selector, sums, queries.new_empty(2, batch, scored, 3), totals, edges)
+    return values, totals, edges
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...], kv_heads: list[int], scale: float, out: Tensor
+) -> None:
+    """A whole prompt, causal, by PyTorch's kernels; heads of one KV head together, so that it is not copied."""
+    by: dict[int, list[int]] = {}
+    for head, kv in zip(heads, kv_heads, strict=True):
+        by.setdefault(kv, []).append(head)
+    for kv, own in by.items():
+        shape = (-1, len(own), -1, -1)
+        keys, values = k[:, kv : kv + 1].expand(shape), v[:, kv : kv + 1].expand(shape)
+        out[:, own] = F.scaled_dot_product_attention(q[:, own], keys, values, is_causal=q.shape[2] > 1, scale=scale)
+
+
+def _index_keys(rt: LayerRuntime, k: Tensor) -> Tensor | None:
+    if rt.indexer is None or rt.plan.selector is None:
+        return None
+    tables = _tables(rt, k)
+    seen = k
+    if rt.plan.selector.rope == "pre":
+        if rt.rope is None:
+            raise ValueError("the selector reads q and k before RoPE, but the model passed no position embeddings")
+        seen = unrotate(k, *(table[:, -k.shape[2] :] for table in rt.rope))
+    return rt.indexer.keys(seen[:, tables.retrieval_kv.long()]).to(k.dtype)
+
+
+def _rank(rt: LayerRuntime) -> int:
+    return rt.plan.selector.rank if rt.indexer is not None and rt.plan.selector is not None else 0
+
+
+def _tables(rt: LayerRuntime, x: Tensor) -> Tables:
+    if rt.tables is None:
+        rt.tables = Tables(rt.plan, rt.number, x.device)
+    return rt.tables

@@ -1,0 +1,232 @@
+"""The cache of one layer for the kernels: allocated ahead, in order of token numbers, lengths on the device.
+
+    full KV heads    every token,        [batch, full KV heads, slots, head_dim]; token n in slot n
+    local KV heads   sinks and a ring,   [batch, local KV heads, sinks + ring, head_dim]; see :func:`slot_of`
+    index keys       Wk k of every token [batch, retrieval heads, slots, rank]
+
+The ring holds the window, or all tokens that are dense up to ``min_context`` if those are more. Padding is not stored:
+each sequence has its own length, ``lengths``, which decode steps read and count on the device. ``length`` counts
+columns, padding included, on the host, so that nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from sparsec.plan import Plan, Window
+from sparsec.plugins.kernels.decode import groups_of
+
+LEAST = 1024  # slots; more are taken in doubles
+
+
+class KernelLayer(CacheLayerMixin):
+    """Stores and tables of one layer. ``plan`` and ``number`` say which."""
+
+    def __init__(self, plan: Plan, number: int) -> None:
+        super().__init__()
+        self.plan, self.number = plan, number
+        layer, group = plan.layers[number], plan.model.group
+        self.local_kv = layer.local_kv_heads(group)
+        self.full_kv = tuple(kv for kv in range(plan.model.kv_heads) if kv not in self.local_kv)
+        self.window = plan.window or Window(size=1, sinks=0)  # none: every head is a retrieval head
+        self.sinks = self.window.sinks
+        self.ring = max(self.window.size, plan.min_context - self.sinks)
+        self.length = self.slots = 0
+        self.lengths: Tensor | None = None  # int32 [batch]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Made in :meth:`prepare`, which knows what is coming."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values, unchanged: the attention function stores them."""
+        return key_states, value_states
+
+    def prepare(self, k: Tensor, rank: int, more: int) -> None:
+        """Room for ``more`` columns like k, [batch, KV heads, rows, head_dim]."""
+        needed = self.length + more
+        if self.lengths is None:
+            batch, _, _, dim = k.shape
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
+            shape = (batch, len(self.local_kv), self.sinks + self.ring, dim)
+            self.near = (k.new_zeros(shape), k.new_zeros(shape))
+            self.far = (k.new_zeros(batch, len(self.full_kv), 0, dim), k.new_zeros(batch, len(self.full_kv), 0, dim))
+            scored = len(self.plan.layers[self.number].retrieval) if rank else 0
+            self.index = k.new_zeros(batch, scored, 0, max(1, rank))
+        if needed > self.slots:
+            self.reserve(max(LEAST, 2 * self.slots, needed) if self.length else max(LEAST, needed + LEAST))
+
+    def reserve(self, slots: int) -> None:
+        """Room for so many tokens a sequence; what is stored stays."""
+        if slots <= self.slots:
+            return
+        keep = self.slots
+        self.slots = -(-slots // LEAST) * LEAST
+        # One slot more: padding is written there.
+        self.far = (_grown(self.far[0], keep, self.slots + 1), _grown(self.far[1], keep, self.slots + 1))
+        self.index = _grown(self.index, keep, self.slots + 1)
+
+    def slot_of(self, token: Tensor) -> Tensor:
+        """Where local KV heads hold a token."""
+        return torch.where(token < self.sinks, token, self.sinks + (token - self.sinks) % self.ring)
+
+    def recent(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What local KV heads hold, in order of time: keys, values, and the window kernel's two offsets."""
+        assert self.lengths is not None
+        stored = min(self.length, self.sinks + self.ring)
+        shift = self.lengths - stored  # negative where a sequence is shorter: it stands at the right
+        column = torch.arange(stored, device=shift.device)
+        token = column + shift[:, None]
+        token = torch.where((shift[:, None] > 0) & (column < self.sinks), column, token)
+        at = self.slot_of(token.clamp_min(0))[:, None, :, None]
+        at = at.expand(-1, len(self.local_kv), -1, self.near[0].shape[3])
+        return self.near[0].gather(2, at), self.near[1].gather(2, at), shift.clamp_max(0), shift
+
+    def store(self, k: Tensor, v: Tensor, index: Tensor | None, number: Tensor, padded: bool) -> None:
+        """New tokens of a prompt.
+
+        Args:
+            k, v: [batch, KV heads, rows, head_dim]; index: [batch, retrieval heads, rows, rank] or None.
+            number: int [batch, rows], token numbers, -1 where a row is padding.
+            padded: some row is.
+        """
+        assert self.lengths is not None
+        rows = k.shape[2]
+        stores = [
+            (store[:, place], new[:, kv])
+            for store, new in zip(self.far, (k, v), strict=True)
+            for place, kv in enumerate(self.full_kv)
+        ]
+        if index is not None:
+            stores += list(zip(self.index.unbind(1), index.unbind(1), strict=True))
+        slot = torch.where(number >= 0, number, self.slots)
+        for store, new in stores:  # [batch, slots, …] and [batch, rows, …]
+            if not padded:
+                store[:, self.length : self.length + rows] = new
+            else:
+                for b in range(len(k)):
+                    store[b].index_copy_(0, slot[b], new[b])
+        after = torch.maximum(self.lengths, (number.amax(1) + 1).to(torch.int32))
+        if self.local_kv:
+            self._store_recent(k[:, list(self.local_kv)], v[:, list(self.local_kv)], number, after)
+        self.lengths.copy_(after)
+        self.length += rows
+
+    def _store_recent(self, k: Tensor, v: Tensor, number: Tensor, after: Tensor) -> None:
+        """Sinks, and the newest ``ring`` tokens: no slot is written twice, so the order of writing does not matter."""
+        live = (number >= 0) & ((number < self.sinks) | (number >= after[:, None] - self.ring))
+        slot = self.slot_of(number.clamp_min(0))
+        for b in range(len(k)):
+            columns = live[b].nonzero()[:, 0]
+            for store, new in zip(self.near, (k, v), strict=True):
+                store[b].index_copy_(1, slot[b, columns], new[b, :, columns])
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included: what generate() counts."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover everything seen."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident, as allocated."""
+        if self.lengths is None:
+            return 0
+        return sum(t.untyped_storage().nbytes() for t in (*self.near, *self.far, self.index))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = self.slots = 0
+        self.lengths = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows follow their beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, in that order."""
+        self._map(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def crop(self, max_length: int) -> None:
+        """Evicted tokens cannot come back."""
+        raise ValueError(
+            "a sparsec cache cannot be cropped, local heads have forgotten: run assisted decoding on the dense model"
+        )
+
+    def _map(self, change: Any) -> None:
+        if self.lengths is not None:
+            self.lengths, self.index = change(self.lengths), change(self.index)
+            self.near = (change(self.near[0]), change(self.near[1]))
+            self.far = (change(self.far[0]), change(self.far[1]))
+
+
+class Tables:
+    """Which heads a layer's kernels run, as tables on the device; made once for a plan."""
+
+    def __init__(self, plan: Plan, number: int, device: torch.device) -> None:
+        layer, group = plan.layers[number], plan.model.group
+        local_kv = layer.local_kv_heads(group)
+        place = {kv: -1 - i for i, kv in enumerate(local_kv)}
+        place |= {kv: i for i, kv in enumerate(kv for kv in range(plan.model.kv_heads) if kv not in local_kv)}
+
+        def ints(values: Any) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int32, device=device)
+
+        def grouped(heads: list[int]) -> tuple[Tensor, Tensor]:
+            by: dict[int, list[int]] = {}
+            for head in heads:
+                kv = place[head // group]
+                by.setdefault(kv if kv >= 0 else -1 - kv, []).append(head)
+            return groups_of(by, device)
+
+        self.heads = plan.model.heads
+        self.kv_place = ints(place[kv] for kv in range(plan.model.kv_heads))
+        evicted = [h for h in layer.local if h // group in local_kv]
+        windowed = [h for h in layer.local if h // group not in local_kv]
+        self.retrieval_kv_heads = [h // group for h in layer.retrieval]
+        self.retrieval, self.retrieval_kv = ints(layer.retrieval), ints(self.retrieval_kv_heads)
+        self.near, self.beside = grouped(evicted), grouped(windowed)
+        # Prefill: heads, and the KV head that each reads, in the call's own keys or in the store (``places``).
+        self.near_heads = (ints(evicted), ints(h // group for h in evicted))
+        self.near_places = (ints(evicted), ints(-1 - place[h // group] for h in evicted))
+        self.beside_heads = (ints(windowed), ints(h // group for h in windowed))
+        self.beside_places = (ints(windowed), ints(place[h // group] for h in windowed))
+        self.retrieval_places = ints(place[h // group] for h in layer.retrieval)
+        union = plan.selector is not None and plan.selector.scope == "layer"
+        if union:
+            self.chosen = grouped(list(layer.retrieval))
+            self.sets = ints(0 for _ in range(len(self.chosen[1])))
+        else:
+            rows = [[h] + [-1] * 15 for h in layer.retrieval]
+            self.chosen = (torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 16), self.retrieval_places)
+            self.sets = ints(range(len(layer.retrieval)))
+        self._shares: dict[tuple[int, int], Tensor] = {}
+
+    def shares(self, local: int, retrieval: int) -> Tensor:
+        """How many partial results each query head has: int32 [heads]."""
+        if (local, retrieval) not in self._shares:
+            table = torch.full((self.heads,), local, dtype=torch.int32, device=self.retrieval.device)
+            self._shares[local, retrieval] = table.index_fill_(0, self.retrieval.long(), retrieval)
+        return self._shares[local, retrieval]
+
+
+def _grown(x: Tensor, keep: int, slots: int) -> Tensor:
+    out = x.new_zeros(*x.shape[:2], slots, x.shape[3])
+    out[:, :, :keep] = x[:, :, :keep]
+    return out
+
+
+__all__ = ["KernelLayer", "Tables"]

@@ -1,0 +1,85 @@
+"""Where the kernels run, and the one line that says why they do not."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from functools import cache
+from typing import Literal
+
+import torch
+
+from sparsec.errors import UsageError
+from sparsec.plan import Plan
+
+Kernels = Literal["auto", "triton", "reference"]
+LEAST_TRITON = (3, 4)
+LARGEST_HEAD = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+log = logging.getLogger("sparsec")
+
+
+def reason_against(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run this plan there; None: they can."""
+    if (old := triton_missing()) is not None:
+        return old
+    if not interpreted():
+        if device.type != "cuda":
+            return f"the kernels need a CUDA GPU, the model is on {device.type}"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return f"the kernels need compute capability 8.0 or higher, {torch.cuda.get_device_name(device)} has less"
+    if dtype not in DTYPES:
+        return f"the kernels take bfloat16, float16 and float32, the model is {str(dtype).removeprefix('torch.')}"
+    if plan.dsa is not None:
+        return "the model has indexers of its own: Transformers runs it, there are no kernels for it yet"
+    if plan.model.head_dim > LARGEST_HEAD:
+        return f"the kernels take heads of up to {LARGEST_HEAD} dimensions, the model has {plan.model.head_dim}"
+    if plan.window is not None and plan.window.compensate:
+        return "the plan's window compensates for what it drops: only the reference does that"
+    if plan.selector is not None and plan.selector.prefill == "selector":
+        return "the plan's selector also chooses for prompts: only the reference does that so far"
+    return None
+
+
+@cache
+def triton_missing() -> str | None:
+    """Why there is no Triton to use, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton (PyTorch for CUDA brings it)"
+    import triton
+
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < LEAST_TRITON:
+        return f"Triton {triton.__version__} is too old: the kernels need {'.'.join(map(str, LEAST_TRITON))} or newer"
+    return None
+
+
+def interpreted() -> bool:
+    """Triton runs its kernels on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def chosen(kernels: Kernels, plan: Plan, device: torch.device, dtype: torch.dtype) -> bool:
+    """Do the kernels run?
+
+    Raises:
+        UsageError: they are demanded and cannot, with the reason.
+    """
+    if kernels == "reference":
+        return False
+    against = reason_against(plan, device, dtype)
+    if against is None:
+        return kernels == "triton" or device.type == "cuda"
+    if kernels == "triton":
+        raise UsageError(against)
+    if device.type == "cuda":
+        _warn(against)
+    return False
+
+
+@cache
+def _warn(against: str) -> None:
+    """Once a reason."""
+    log.warning("sparsec runs the reference, which is slow: %s", against)

@@ -1,0 +1,195 @@
+"""Triton's kernels against float64, and compiled for a Hopper GPU; whole plans on them: test_contract.py.
+
+Without a GPU they run in Triton's interpreter (conftest.py), whose bf16 products are wrong: float32 and float16 here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsec.plan import Selector, Window
+from sparsec.plugins.selector import select
+
+pytest.importorskip("triton")
+from sparsec.plugins.kernels import choose, decode
+from sparsec.plugins.kernels.window import window_prefill
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 2e-6 if DEVICE.type == "cpu" else 2e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    return float((found.double() - true).norm() / true.norm())
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+# Prompts of local heads ------------------------------------------------------------------------------------------
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, first: list[int], window: Window, min_context: int) -> Tensor:
+    """In float64, head h of 6 on KV head h // 3; token 0 is in column 0 or before it."""
+    out = torch.zeros_like(q, dtype=torch.float64)
+    rows, columns = q.shape[2], k.shape[2]
+    for b, begin in enumerate(first):
+        t = torch.arange(rows, device=q.device)[:, None] + begin
+        n = torch.arange(columns, device=q.device)[None] + begin - (columns - rows)
+        near = (t - n < window.size) | (n < window.sinks) | (t < min_context)
+        for h in range(q.shape[1]):
+            s = q[b, h].double() @ k[b, h // 3].double().T * q.shape[-1] ** -0.5
+            s = s.masked_fill(~((n <= t) & (n >= 0) & near), float("-inf"))
+            out[b, h] = s.softmax(-1).nan_to_num(0.0) @ v[b, h // 3].double()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "dim", "window", "sinks", "min_context", "first", "dtype"),
+    [
+        (300, 300, 64, 100, 4, 0, [0, -37], torch.float32),  # the second sequence is padded on the left
+        (130, 330, 96, 64, 4, 150, [200, 150], torch.float32),  # a later chunk; dense up to 150 tokens
+        (200, 200, 128, 33, 0, 0, [0, 0], torch.float16),
+        (70, 70, 64, 512, 4, 516, [0, -3], torch.float16),  # shorter than the window
+        (257, 257, 256, 128, 20, 60, [0, 0], torch.float16),
+        (1, 129, 64, 64, 1, 0, [128, 128], torch.float32),
+    ],
+)
+def test_windows_in_a_prompt(
+    rows: int, columns: int, dim: int, window: int, sinks: int, min_context: int, first: list[int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(rows)
+    q = torch.randn(2, rows, 6, dim, dtype=dtype, device=DEVICE).transpose(1, 2)
+    k, v = torch.randn(2, 2, 2, columns, dim, dtype=dtype, device=DEVICE)
+    plan = Window(size=window, sinks=sinks)
+    out = torch.full_like(q, float("nan"))
+    window_prefill(q, k, v, out, ints(0, 2, 5), ints(0, 0, 1), plan, min_context, dim**-0.5, ints(*first))
+    true, heads = windowed(q, k, v, first, plan, min_context), [0, 2, 5]
+    assert error(out[:, heads], true[:, heads]) < TOLERANCE[dtype]
+    assert bool(out[:, [1, 3, 4]].isnan().all()), "other heads' places are not touched"
+    padded = torch.arange(rows, device=DEVICE) + first[1] < 0
+    assert not bool(out[1, heads][:, padded].any()), "padded rows are zero"
+
+
+# One row ---------------------------------------------------------------------------------------------------------
+
+
+def selector(**changed: Any) -> Selector:
+    options: dict[str, Any] = {"rank": 16, "rope": "post", "top_p": 0.9, "granularity": "token", "block": 64}
+    return Selector(**(options | {"sinks": 4, "recent": 64, "min_keep": 64, "scope": "head"} | changed))
+
+
+@dataclass
+class Case:
+    selector: Selector
+    lengths: tuple[int, ...]
+    dim: int = 64
+    dtype: torch.dtype = torch.float32
+    scores: str = "random"
+
+
+CASES = {
+    "tokens": Case(selector(), (700, 1301)),
+    "one set a layer": Case(selector(scope="layer"), (700, 1301)),
+    "blocks": Case(selector(granularity="block"), (640, 641)),
+    "blocks, one set": Case(selector(granularity="block", scope="layer", min_keep=300), (1500,), dim=96),
+    "several programs search": Case(selector(top_p=0.5, min_keep=0), (4500,), dim=128),
+    "a large floor": Case(selector(top_p=0.3, min_keep=1000, sinks=0, recent=1), (2100,), dtype=torch.float16),
+    "everything": Case(selector(top_p=1.0), (500,)),
+    "all on one key": Case(selector(top_p=0.5, min_keep=0), (900,), scores="one"),
+    "flat": Case(selector(top_p=0.4, min_keep=10), (900,), scores="flat"),
+    "ties": Case(selector(top_p=0.5), (900,), scores="ties"),
+    "short": Case(selector(), (1, 2), dim=256, dtype=torch.float16),
+}
+HEADS, KV, RETRIEVAL = 8, 2, [1, 5, 6]
+
+
+def index_keys(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    keys = torch.randn(shape, dtype=dtype, device=DEVICE)
+    if kind == "flat":
+        keys[:] = keys[:, :, :1]
+    if kind == "ties":
+        keys[:] = keys[:, :, :7].repeat(1, 1, -(-shape[2] // 7), 1)[:, :, : shape[2]]
+    if kind == "one":
+        keys *= 0.01
+    return keys
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_decode_step(name: str) -> None:
+    """Local heads 0, 2, 3, 4, 7 on the window, 1, 5, 6 on what is chosen; the lengths differ within the batch."""
+    case = CASES[name]
+    torch.manual_seed(len(name))
+    batch, slots, dim, dtype = len(case.lengths), max(case.lengths) + 37, case.dim, case.dtype
+    q = torch.randn(batch, HEADS, 1, dim, dtype=dtype, device=DEVICE)
+    k, v = torch.randn(2, batch, KV, slots, dim, dtype=dtype, device=DEVICE)
+    index = index_keys(case.scores, (batch, len(RETRIEVAL), slots, 16), dtype)
+    queries = torch.randn(batch, len(RETRIEVAL), 16, device=DEVICE)
+    if case.scores == "one":
+        index[:, :, 333] = (queries * 5).to(dtype)
+    lengths, window = ints(*(n - 1 for n in case.lengths)), Window(size=128, sinks=4)
+    local = [h for h in range(HEADS) if h not in RETRIEVAL]
+
+    item = case.selector.block if case.selector.granularity == "block" else 1
+    items, size = -(-slots // item), 256
+    values = torch.full((batch, len(RETRIEVAL), items), float("nan"), device=DEVICE)
+    stats = torch.full((batch, len(RETRIEVAL), -(-slots // choose.CHUNK), 3), float("nan"), device=DEVICE)
+    totals, edges = (torch.full((batch, len(RETRIEVAL), *more), float("nan"), device=DEVICE) for more in ((), (2,)))
+    choose.score(index, queries, lengths, item, values, stats)
+    if case.selector.top_p < 1:
+        sums = torch.full((2, batch, len(RETRIEVAL), choose.shares_of(items), 128), float("nan"), device=DEVICE)
+        states = torch.full((2, batch, len(RETRIEVAL), 3), float("nan"), device=DEVICE)
+        choose.search(values, lengths, stats, case.selector, sums, states, totals, edges)
+
+    def by_kv(heads: list[int]) -> tuple[Tensor, Tensor]:
+        return decode.groups_of({g: [h for h in heads if h // 4 == g] for g in range(KV)}, DEVICE)
+
+    ranges = -(-items // size)
+    partial = torch.full((batch, HEADS, max(3, ranges), dim), float("nan"), device=DEVICE)
+    lse = torch.full((batch, HEADS, max(3, ranges)), float("nan"), device=DEVICE)
+    decode.window_decode(q, k, v, lengths, *by_kv(local), window, 0, dim**-0.5, 0, 3, partial, lse)
+    union = case.selector.scope == "layer"
+    each = torch.tensor([[h] + [-1] * 15 for h in RETRIEVAL], dtype=torch.int32, device=DEVICE)
+    groups = by_kv(RETRIEVAL) if union else (each, ints(*(h // 4 for h in RETRIEVAL)))
+    sets = ints(*(0 if union else i for i in range(len(groups[1]))))
+    lists = torch.empty(batch, len(sets), ranges, size, dtype=torch.int32, device=DEVICE)
+    decode.chosen_decode(
+        q, k, v, lengths, *groups, values, totals, edges, sets, case.selector, 0, dim**-0.5, lists, partial, lse
+    )
+    out = torch.full_like(q, float("nan"))
+    decode.combine(partial, lse, ints(*(3 if h in local else ranges for h in range(HEADS))), out, lengths)
+    assert lengths.tolist() == list(case.lengths), "the new token is counted"
+
+    for b, n in enumerate(case.lengths):
+        pos = torch.arange(n, device=DEVICE)
+        scores = (index[b, :, :n].float() @ queries[b][:, :, None])[None].transpose(2, 3)
+        keep = select(scores, pos[None, -1:], pos[None], case.selector, 0)[0, :, 0]
+        for h in range(HEADS):
+            seen = (n - 1 - pos < window.size) | (pos < window.sinks)
+            if h in RETRIEVAL:
+                seen = keep[0 if union else RETRIEVAL.index(h)]
+            s = (k[b, h // 4, :n].double() @ q[b, h, 0].double()) * dim**-0.5
+            true = s.masked_fill(~seen, float("-inf")).softmax(-1) @ v[b, h // 4, :n].double()
+            assert error(out[b, h, 0], true) < TOLERANCE[dtype], (b, h)
+
+
+# The GPU's compiler ----------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
+    """In a process of its own: the interpreter is chosen when a kernel is defined."""
+    script = Path(__file__).parent.parent / "benchmarks" / "compile_kernels.py"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-P", str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("_window_prefill", "_window_decode", "_score", "_search", "_chosen_decode", "_combine", "_append"):
+        assert name in done.stdout
