@@ -15,6 +15,7 @@ from sparsec.export.selectors import KINDS, break_even_words, head_rows, share, 
 from sparsec.export.words import MINUS, elsewhere, far_words, measured, memory, own_indexers, size
 from sparsec.layout import MANIFEST, MEASUREMENTS, REPORT, check_tensors, is_artifact, read_json, read_plan
 from sparsec.plan import Plan
+from sparsec.plugins.kernels.support import reason_in
 
 if TYPE_CHECKING:
     from sparsec.compiler.pipeline import Outcome
@@ -66,7 +67,8 @@ def artifact_text(path: Path, data: Mapping[str, Any]) -> str:
         f"of dimension {shape.head_dim}",
         f"passes    {', '.join(p.name for p in plan.passes) or 'none'}",
         f"plan      {plan.digest[:16]}, written by {plan.producer}",
-        f"runs on   PyTorch reference (CPU, CUDA): sparse attention computed exactly, {memory(plan)}, no kernels yet",
+        f"runs on   PyTorch reference (CPU, CUDA): sparse attention computed exactly, {memory(plan)}",
+        f"          {_kernels(plan)}",
         f"          stock Transformers opens it as {elsewhere(plan, trained=made['weights'] == 'trained')}",
         "",
         *_plan_lines(plan),
@@ -79,6 +81,14 @@ def artifact_text(path: Path, data: Mapping[str, Any]) -> str:
         f"report    {path / REPORT}",
     ]
     return "\n".join(lines)
+
+
+def _kernels(plan: Plan) -> str:
+    """Whether Triton's kernels run the plan."""
+    against = reason_in(plan)
+    if against is not None:
+        return f"no kernels: {against}"
+    return "Triton's kernels with sparsec.load(path, kernels='triton'): not measured on a GPU yet"
 
 
 def _plan_lines(plan: Plan) -> list[str]:

@@ -6,17 +6,18 @@ import importlib.util
 import logging
 import os
 from functools import cache
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from sparsec.errors import UsageError
 from sparsec.plan import Plan
 
+if TYPE_CHECKING:  # asked of plans where no PyTorch is needed otherwise
+    import torch
+
 Kernels = Literal["auto", "triton", "reference"]
 LEAST_TRITON = (3, 4)
 LARGEST_HEAD = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = ("bfloat16", "float16", "float32")
 
 log = logging.getLogger("sparsec")
 
@@ -28,10 +29,18 @@ def reason_against(plan: Plan, device: torch.device, dtype: torch.dtype) -> str 
     if not interpreted():
         if device.type != "cuda":
             return f"the kernels need a CUDA GPU, the model is on {device.type}"
+        import torch
+
         if torch.cuda.get_device_capability(device) < (8, 0):
             return f"the kernels need compute capability 8.0 or higher, {torch.cuda.get_device_name(device)} has less"
-    if dtype not in DTYPES:
-        return f"the kernels take bfloat16, float16 and float32, the model is {str(dtype).removeprefix('torch.')}"
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        return f"the kernels take {', '.join(DTYPES)}, the model is {name}"
+    return reason_in(plan)
+
+
+def reason_in(plan: Plan) -> str | None:
+    """What of a plan the kernels do not do, wherever they run."""
     if plan.dsa is not None:
         return "the model has indexers of its own: Transformers runs it, there are no kernels for it yet"
     if plan.model.head_dim > LARGEST_HEAD:
