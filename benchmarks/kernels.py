@@ -1,0 +1,324 @@
+"""One attention layer on the kernels against the fastest dense kernel, on a GPU.
+
+    python benchmarks/kernels.py -o benchmarks/results/kernels-h200.json [--lengths 32768,131072] [--rates 0.1]
+
+The layer is Llama-3.1-8B's (32 query heads, 8 KV heads, head_dim 128, bf16, batch 1) with 5 retrieval heads on as many
+KV heads, window 8192, 4 sinks, blocks of 64. How many blocks a retrieval head keeps is made: index keys of so many
+blocks score high. First everything is checked against float64. Decode is timed as one CUDA graph of several layers,
+each with its own cache, more than the L2 holds; dense likewise, by cuDNN and by flash attention; the faster counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsec.compiler.versions import versions
+from sparsec.plan import Plan
+from sparsec.plugins.attention import LayerRuntime, Step, layer_runtime
+from sparsec.plugins.kernels import attention as kernels
+from sparsec.plugins.kernels.cache import KernelLayer
+from sparsec.plugins.selector import Indexer
+
+HEADS, KV, DIM, RANK, BLOCK, WINDOW, SINKS = 32, 8, 128, 16, 64, 8192, 4
+RETRIEVAL = (0, 5, 10, 15, 20)  # on KV heads 0 to 5 without 4: five of eight keep every token
+SCALE = DIM**-0.5
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # main() wants a GPU
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+BANDWIDTH, MATRIX = 2.8e12, 600e12  # bytes/s and operations/s that the floors are counted with
+
+
+def plan(window: int, granularity: str, top_p: float = 0.9) -> Plan:
+    """A plan of one layer."""
+    heads = tuple(int(head in RETRIEVAL) for head in range(HEADS))
+    return Plan.parse(
+        {
+            "format": 1,
+            "producer": "benchmark",
+            "model": {"model_type": "llama", "layers": 1, "heads": HEADS, "kv_heads": KV, "head_dim": DIM},
+            "window": {"size": window, "sinks": SINKS},
+            "selector": {
+                "rank": RANK, "rope": "post", "top_p": top_p, "granularity": granularity, "block": BLOCK,
+                "sinks": SINKS, "recent": 64, "min_keep": 0, "scope": "head",
+            },
+            "layers": [{"heads": heads, "index": "full"}],
+        }
+    )  # fmt: skip
+
+
+def runtime(of: Plan, dtype: torch.dtype, length: int, rate: float, seed: int) -> tuple[LayerRuntime, KernelLayer]:
+    """A layer with a cache of ``length`` random tokens, of whose blocks ``rate`` will be kept."""
+    generator = torch.Generator(GPU).manual_seed(seed)
+    projections = torch.randn(2, len(RETRIEVAL), RANK, DIM, generator=generator, device=GPU) * DIM**-0.5
+    rt = layer_runtime(of, 0, Indexer(*projections).to(GPU), GPU)
+    rt.cache = cache = KernelLayer(of, 0)
+    cache.prepare(torch.empty(1, KV, 1, DIM, dtype=dtype, device=GPU), RANK, length + BLOCK)
+    for store in (*cache.near, *cache.far):
+        store.normal_(generator=generator)
+    # The first direction of an index key is what queries are made to look at: high in a few blocks, low elsewhere.
+    hot = torch.rand(len(RETRIEVAL), cache.slots // BLOCK + 1, generator=generator, device=GPU) < rate / 0.9
+    cache.index.normal_(generator=generator).mul_(0.02)
+    at = hot.repeat_interleave(BLOCK, 1)[:, : cache.index.shape[2]]
+    cache.index[0, :, :, 0] += torch.where(at, 4.0, -4.0).to(dtype)
+    assert cache.lengths is not None
+    cache.lengths.fill_(length)
+    cache.length = length
+    return rt, cache
+
+
+def new_rows(rt: LayerRuntime, dtype: torch.dtype, rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k, v of new tokens; a retrieval head's query, projected, looks along the first direction."""
+    generator = torch.Generator(GPU).manual_seed(seed)
+    q = torch.randn(1, rows, HEADS, DIM, generator=generator, device=GPU)
+    assert rt.indexer is not None
+    for place, head in enumerate(RETRIEVAL):
+        wq = rt.indexer.q_proj.weight[place]
+        wanted = torch.zeros(RANK, 1, device=GPU)
+        wanted[0] = 3.0
+        q[0, :, head] += torch.linalg.lstsq(wq, wanted).solution[:, 0]
+    k, v = torch.randn(2, 1, rows, KV, DIM, generator=generator, device=GPU).to(dtype)
+    return q.to(dtype).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+# Checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_decode(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
+    """A step against float64: the local heads on their window, retrieval heads on what the reference would keep."""
+    from sparsec.plugins.selector import select
+
+    assert of.window is not None
+    assert of.selector is not None
+    rt, cache = runtime(of, dtype, length, 0.1, length)
+    q, k, v = new_rows(rt, dtype, 1, length + 1)
+    out = torch.full_like(q, float("nan"))
+    kernels.decode_step(rt, Step(decode=True), q, k, v, SCALE, out)
+    n = length + 1
+    pos = torch.arange(n, device=GPU)
+    assert rt.indexer is not None
+    worst, kept = 0.0, []
+    for head in range(HEADS):
+        kv = head // (HEADS // KV)
+        if kv in cache.local_kv:
+            tokens = torch.cat((pos[:SINKS], pos[max(SINKS, n - of.window.size) :])) if n > SINKS else pos
+            slot, place = cache.slot_of(tokens), cache.local_kv.index(kv)
+            keys, values = cache.near[0][0, place, slot], cache.near[1][0, place, slot]
+        else:
+            place = cache.full_kv.index(kv)
+            seen = (n - 1 - pos < of.window.size) | (pos < SINKS)
+            if head in RETRIEVAL:
+                row = RETRIEVAL.index(head)
+                queries = rt.indexer.queries(q[:, list(RETRIEVAL)])[:, row]
+                scores = queries @ cache.index[:, row, :n].float().transpose(1, 2)
+                seen = select(scores[:, None], pos[None, -1:], pos[None], of.selector, 0)[0, 0, 0]
+                kept.append(float(seen.float().mean()))
+            keys, values = cache.far[0][0, place, :n][seen], cache.far[1][0, place, :n][seen]
+        weights = (keys.double() @ q[0, head, 0].double() * SCALE).softmax(0)
+        true = weights @ values.double()
+        worst = max(worst, float((out[0, head, 0].double() - true).norm() / true.norm()))
+    return {"error": worst, "kept": statistics.mean(kept)}
+
+
+def check_prefill(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
+    """A prompt in two chunks against float64."""
+    assert of.window is not None
+    rt = layer_runtime(of, 0, Indexer(*torch.randn(2, len(RETRIEVAL), RANK, DIM, device=GPU)), GPU)
+    rt.cache = KernelLayer(of, 0)
+    q, k, v = new_rows(rt, dtype, length, length)
+    out, cut = torch.full_like(q, float("nan")), length * 2 // 3
+    for start, stop in ((0, cut), (cut, length)):
+        part = slice(start, stop)
+        pos = torch.arange(stop, device=GPU)[None]
+        kernels.prefill(
+            rt, Step(decode=False), q[:, :, part], k[:, :, part], v[:, :, part], pos, False, SCALE, out[:, :, part]
+        )
+    t = torch.arange(length, device=GPU)[:, None]
+    causal = t >= t.T
+    near = causal & ((t - t.T < of.window.size) | (t.T < SINKS))
+    worst = 0.0
+    for head in range(HEADS):
+        kv = head // (HEADS // KV)
+        scores = q[0, head].double() @ k[0, kv].double().T * SCALE
+        weights = scores.masked_fill(~(causal if head in RETRIEVAL else near), float("-inf")).softmax(-1)
+        true = weights @ v[0, kv].double()
+        worst = max(worst, float((out[0, head].double() - true).norm() / true.norm()))
+    return {"error": worst}
+
+
+# Times -----------------------------------------------------------------------------------------------------------
+
+
+def milliseconds(run: Callable[[], Any], least: float = 200.0, most: int = 50) -> float:
+    """Median of single runs, ``least`` milliseconds of them altogether."""
+    run()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < most and (sum(times) < least or not times):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graphed(steps: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """All steps as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for step in steps:
+                step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            step()
+    return graph.replay
+
+
+def fastest(make: Callable[[], Callable[[], Any]]) -> dict[str, float]:
+    """Milliseconds of each dense backend that runs."""
+    found = {}
+    for name, backend in BACKENDS.items():
+        try:
+            with sdpa_kernel(backend):
+                found[name] = milliseconds(make())
+        except RuntimeError as error:
+            print(f"dense {name}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+            torch.cuda.synchronize()
+    return found
+
+
+def time_prefill(of: Plan, length: int) -> dict[str, Any]:
+    """The whole layer, and its parts."""
+    assert of.window is not None
+    dtype = torch.bfloat16
+    rt = layer_runtime(of, 0, Indexer(*torch.randn(2, len(RETRIEVAL), RANK, DIM, device=GPU)), GPU)
+    q, k, v = new_rows(rt, dtype, length, 1)
+    pos, out = torch.arange(length, device=GPU)[None], torch.empty_like(q)
+
+    def layer() -> None:
+        rt.cache = KernelLayer(of, 0)
+        kernels.prefill(rt, Step(decode=False), q, k, v, pos, False, SCALE, out)
+
+    def local() -> None:
+        tables = kernels._tables(rt, q)
+        first = torch.zeros(1, dtype=torch.int32, device=GPU)
+        for heads in (tables.near_heads, tables.beside_heads):
+            kernels.window_prefill(q, k, v, out, *heads, rt.cache.window, 0, SCALE, first)  # type: ignore[union-attr]
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ours = milliseconds(layer)
+    peak = torch.cuda.max_memory_allocated() - before
+    windows = milliseconds(local)
+    rt.cache = None
+    dense = fastest(lambda: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    locals_ = HEADS - len(RETRIEVAL)
+    near = min(length, of.window.size + SINKS)
+    pairs = near * length - near * (near - 1) // 2
+    floor = 4 * DIM * pairs * locals_ / MATRIX * 1e3
+    return {
+        "ours_ms": ours, "local_ms": windows, "dense_ms": dense, "speedup": min(dense.values()) / ours,
+        "local_floor_ms": floor, "local_over_floor": windows / floor, "peak_bytes": peak,
+    }  # fmt: skip
+
+
+def time_decode(of: Plan, length: int, rate: float) -> dict[str, Any]:
+    """Steps of several layers in one graph, per layer."""
+    dtype = torch.bfloat16
+    dense_bytes = 2 * KV * length * DIM * 2
+    layers = max(2, min(8, int(1.5e9 // dense_bytes) + 1))
+    made = [runtime(of, dtype, length, rate, seed) for seed in range(layers)]
+    rows = [new_rows(rt, dtype, 1, 7) for rt, _ in made]
+    out, step = torch.empty_like(rows[0][0]), Step(decode=True, commit=False)
+    ours = milliseconds(
+        graphed(
+            [
+                lambda rt=rt, row=row: kernels.decode_step(rt, step, *row, SCALE, out)  # type: ignore[misc]
+                for (rt, _), row in zip(made, rows, strict=True)
+            ]
+        )
+    )
+    share = check_decode(of, dtype, length)["kept"] if length <= 131072 else None
+    full = len(made[0][1].full_kv)
+    del made
+    caches = [torch.randn(2, 1, KV, length, DIM, dtype=dtype, device=GPU) for _ in range(layers)]
+    q = rows[0][0]
+    dense = fastest(
+        lambda: graphed(
+            [
+                lambda c=c: F.scaled_dot_product_attention(q, c[0], c[1], enable_gqa=True)  # type: ignore[misc]
+                for c in caches
+            ]
+        )
+    )
+    dense = {name: value / layers for name, value in dense.items()}
+    window = 2 * (WINDOW + SINKS) * DIM * 2 * KV
+    read = window + len(RETRIEVAL) * length * (RANK * 2 + rate * 2 * DIM * 2)
+    return {
+        "ours_us": ours / layers * 1e3, "dense_us": {name: value * 1e3 for name, value in dense.items()},
+        "speedup": min(dense.values()) * layers / ours, "kept": share, "layers": layers,
+        "floor_us": read / BANDWIDTH * 1e6, "of_bandwidth": read / (ours / layers * 1e-3) / BANDWIDTH,
+        "kv_bytes": window // KV * (KV - full) + 2 * full * length * DIM * 2 + len(RETRIEVAL) * length * RANK * 2,
+        "dense_kv_bytes": dense_bytes,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Check, then time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--lengths", default="32768,131072,524288,1048576")
+    parser.add_argument("--rates", default="0.1")
+    parser.add_argument("--only", choices=["check", "prefill", "decode"])
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/kernels.py times kernels on a GPU, and there is none: tests/test_kernels.py checks them")
+    found: dict[str, Any] = {
+        "command": f"python benchmarks/kernels.py {' '.join(sys.argv[1:])}",
+        "device": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "checks": {},
+        "prefill": {},
+        "decode": {},
+    }
+
+    def note(part: str, name: str, result: dict[str, Any]) -> None:
+        found[part][name] = result
+        print(part, name, json.dumps(result), flush=True)
+        if options.output:
+            options.output.write_text(json.dumps(found, indent=1) + "\n")
+
+    if options.only in (None, "check"):
+        for dtype in (torch.bfloat16, torch.float16):
+            for granularity in ("token", "block"):
+                for length in (600, 5000, 40000):
+                    name = f"decode {granularity} {length} {dtype}"
+                    note("checks", name, check_decode(plan(1024, granularity), dtype, length))
+            note("checks", f"prefill {dtype}", check_prefill(plan(700, "token"), dtype, 3001))
+    for length in map(int, options.lengths.split(",")):
+        if options.only in (None, "decode"):
+            for granularity in ("block", "token"):
+                for rate in map(float, options.rates.split(",")):
+                    note(
+                        "decode", f"{granularity} {length} {rate}", time_decode(plan(WINDOW, granularity), length, rate)
+                    )
+        if options.only in (None, "prefill"):
+            note("prefill", str(length), time_prefill(plan(WINDOW, "block"), length))
+
+
+if __name__ == "__main__":
+    main()
