@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from sparsec.plan import Selector, Window
-from sparsec.plugins.kernels import append, choose, decode
+from sparsec.plugins.kernels import append, blocks, choose, decode
 from sparsec.plugins.kernels.window import window_prefill
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
@@ -88,6 +88,14 @@ def main() -> None:
             one, far, far, ints(1), ints(RETRIEVAL, 16), ints(RETRIEVAL), values, totals, edges, ints(RETRIEVAL),
             selector, 0, scale, ints(1, RETRIEVAL, items // size, size), partial, lse,
         )  # fmt: skip
+    prompt = Selector(
+        rank=16, rope="post", top_p=0.9, granularity="block", block=64, sinks=4, recent=64, min_keep=64,
+        prefill="selector", query_block=64,
+    )  # fmt: skip
+    chosen = blocks.choose_lists(torch.zeros(1, RETRIEVAL, 4096, 16), index, ints(1), 0, 8, SLOTS, prompt, 0)
+    blocks.block_prefill(
+        q, k, k, q, ints(RETRIEVAL), ints(RETRIEVAL), ints(RETRIEVAL), ints(1), chosen, prompt, 0, scale
+    )
     decode.combine(partial, lse, ints(HEADS), one, ints(1))
 
 

@@ -25,6 +25,7 @@ from sparsec.plugins.masked import ROWS, dense, gathered, windowed
 from sparsec.plugins.selector import Indexer, causal, select, unrotate
 
 if TYPE_CHECKING:
+    from sparsec.plugins.kernels.blocks import Lists
     from sparsec.plugins.kernels.cache import KernelLayer
 
 
@@ -65,7 +66,9 @@ class Step:
     beside: Dsa | None = None  # observers also see what a model's own indexers would choose in this way
     positions: Tensor | None = None  # [batch, keys] token numbers, -1 padding
     padded: bool | None = None  # some of them are
-    kernel_sets: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # by layer: what is kept by
+    # On the kernels, by layer: what a decode row keeps by, and the blocks that a prompt's groups keep.
+    kernel_sets: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    kernel_lists: dict[int, list[Lists]] = field(default_factory=dict)
 
 
 @dataclass

@@ -673,14 +673,18 @@ def generated(model: Any, ids: Tensor, mask: Tensor | None, kernels: Any, chunks
     return torch.cat(logits, 1), cache
 
 
-RUNS = ["shared index", "a set a head", "blocks", "after RoPE", "crossing while decoding", "no selector"]
+ON_KERNELS = {
+    **{name: PLANS[name] for name in ("shared index", "a set a head", "blocks", "after RoPE", "no selector")},
+    **{name: PLANS[name] for name in ("crossing while decoding", "query blocks")},
+    "query blocks behind a dense beginning": make_plan(min_context=12, prefill="selector", query_block=4),
+}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ON_KERNELS)
 def test_kernels_equal_the_reference_under_a_plan(name: str, model: Any) -> None:
     """Prompt in chunks, so that the ring is read back; one of two sequences is padded on the left."""
     pytest.importorskip("triton")
-    plan, model = PLANS[name], copy.deepcopy(model).to(DEVICE)
+    plan, model = ON_KERNELS[name], copy.deepcopy(model).to(DEVICE)
     ids = torch.randint(1, 97, (2, 40), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
@@ -701,7 +705,7 @@ def test_who_runs_what(model: Any) -> None:
     assert chosen("triton", plan, DEVICE, torch.float32) is True
     assert chosen("auto", plan, cpu, torch.float32) is False
     assert "float64" in str(reason_against(plan, DEVICE, torch.float64))
-    for name, words in (("compensated", "compensates"), ("query blocks", "prompts")):
+    for name, words in (("compensated", "compensates"), ("query blocks, a set a head", "blocks of 2, 4, 8")):
         with applied(model, PLANS[name], make_tensors(PLANS[name])), pytest.raises(UsageError, match=words):
             use_kernels(model, "triton")
 

@@ -6,6 +6,7 @@ Without a GPU they run in Triton's interpreter (conftest.py), whose bf16 product
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from sparsec.plan import Selector, Window
 from sparsec.plugins.selector import select
 
 pytest.importorskip("triton")
-from sparsec.plugins.kernels import choose, decode
+from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of
+from sparsec.plugins.kernels import blocks, choose, decode
 from sparsec.plugins.kernels.window import window_prefill
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,6 +184,45 @@ def test_a_decode_step(name: str) -> None:
             assert error(out[b, h, 0], true) < TOLERANCE[dtype], (b, h)
 
 
+# Groups of prompt rows that choose blocks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+@pytest.mark.parametrize(
+    ("rows", "past", "changed"),
+    [
+        (130, 0, {}),
+        (27, 96, {"query_block": 8, "block": 16, "recent": 2, "sinks": 1, "min_keep": 0, "top_p": 0.6}),
+        (100, 40, {"query_block": 24, "block": 8, "recent": 0, "sinks": 0, "min_keep": 40, "top_p": 0.2}),
+        (64, 0, {"top_p": 1.0}),
+    ],
+)
+def test_groups_choose_the_blocks_that_the_reference_chooses(
+    rows: int, past: int, changed: dict[str, Any], scope: str
+) -> None:
+    torch.manual_seed(rows)
+    how = selector(**{"prefill": "selector", "rank": 4, "scope": scope} | changed)
+    queries = 2 * torch.randn(2, 3, rows, 4, device=DEVICE)
+    index = torch.randn(2, 3, past + rows + 5, 4, device=DEVICE)
+    q_pos = (torch.arange(rows, device=DEVICE) + past).expand(2, -1)
+    k_pos = torch.arange(past + rows, device=DEVICE).expand(2, -1)
+    numbers = group_numbers(q_pos, how, 0)
+    groups = groups_of(numbers, 0, rows)
+    assert groups is not None
+    scores = queries @ index[:, :, : past + rows].transpose(2, 3)
+    true = choose_blocks(scores, numbers, groups, q_pos, k_pos, how)
+    group, count = blocks.group_range(past, rows, how.query_block)[0]
+    assert count == groups.count
+    found = blocks.choose_lists(queries, index, ints(past, past), group, count, past + rows, how, 0)
+    for b in range(2):
+        for line in range(true.shape[1]):
+            for place in range(count):
+                kept = found.lists[b, line, place, : found.counts[b, line, place]]
+                last = (group + place + 1) * how.query_block - 1  # with top_p 1 the reference lists what nobody sees
+                listed = true[b, line, place].nonzero()[:, 0].tolist()
+                assert kept.tolist() == [block for block in listed if block * how.block <= last]
+
+
 # The GPU's compiler ----------------------------------------------------------------------------------------------
 
 
@@ -191,5 +232,6 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-P", str(script)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("_window_prefill", "_window_decode", "_score", "_search", "_chosen_decode", "_combine", "_append"):
-        assert name in done.stdout
+    for file in Path(blocks.__file__).parent.glob("*.py"):
+        for name in re.findall(r"^ +(_\w+)\[", file.read_text(), re.MULTILINE):  # launched
+            assert name in done.stdout, name

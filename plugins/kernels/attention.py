@@ -1,7 +1,7 @@
 """One layer of a plan on the kernels: what :func:`sparsec.plugins.attention.sparsec_attention` calls on a GPU.
 
-prefill   local heads: window kernel; retrieval heads: PyTorch's own dense attention (a first chunk), or the window
-          kernel with a window that never ends (later chunks); then everything is stored
+prefill   local heads: window kernel; retrieval heads: PyTorch's own dense attention (a first chunk), the window
+          kernel with a window that never ends (later chunks), or chosen blocks; everything is stored
 decode    append, window, [score, search], chosen, combine: six launches and more, no host synchronisation
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec.plan import Window
-from sparsec.plugins.kernels import append, choose, decode
+from sparsec.plugins.kernels import append, blocks, choose, decode
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
 from sparsec.plugins.kernels.window import window_prefill
 from sparsec.plugins.selector import unrotate
@@ -55,23 +55,56 @@ def prefill(
             heads = tables.near_places
         window_prefill(q, near_k, near_v, out, *heads, cache.window, plan.min_context, scale, first, sink_at, window_at)
     index = _index_keys(rt, k)
-    fresh = cache.length == 0
+    before = cache.length
     cache.store(k, v, index, number, padded)
     zero = torch.zeros_like(first)
     if len(tables.beside_heads[0]):
-        where = (k, v, first, tables.beside_heads[1]) if fresh else (*cache.far, zero, tables.beside_places[1])
+        where = (*cache.far, zero, tables.beside_places[1]) if before else (k, v, first, tables.beside_heads[1])
         window_prefill(
             q, where[0], where[1], out, tables.beside_heads[0], where[3], cache.window, plan.min_context, scale, first,
             where[2], where[2],
         )  # fmt: skip
-    if len(tables.retrieval):
-        if fresh and not padded:
-            _dense(q, k, v, rt.layer.retrieval, tables.retrieval_kv_heads, scale, out)
+    selector = plan.selector
+    chooses = selector is not None and selector.prefill == "selector" and rt.layer.index != "none"
+    # Rows that read all keys: all of them, or those up to ``min_context``; where there is padding, that is not known.
+    dense = rows if padded or not chooses else min(rows, max(0, plan.min_context - before))
+    if len(tables.retrieval) and dense:
+        part, to = q[:, :, :dense], out[:, :, :dense]
+        if not before and not padded:
+            _dense(part, k[:, :, :dense], v[:, :, :dense], rt.layer.retrieval, tables.retrieval_kv_heads, scale, to)
         else:
-            endless = Window(size=ALL, sinks=0)
-            window_prefill(
-                q, *cache.far, out, tables.retrieval, tables.retrieval_places, endless, 0, scale, first, zero, zero
-            )
+            endless, places = Window(size=ALL, sinks=0), tables.retrieval_places
+            window_prefill(part, *cache.far, to, tables.retrieval, places, endless, 0, scale, first, zero, zero)
+    if len(tables.retrieval) and chooses:
+        _chosen_blocks(rt, step, cache, q, first, 0 if padded else before, before + rows, scale, out)
+
+
+def _chosen_blocks(
+    rt: LayerRuntime,
+    step: Step,
+    cache: KernelLayer,
+    q: Tensor,
+    first: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Groups of prompt rows on the blocks that they choose; tokens ``start`` to ``stop`` - 1 hold all rows."""
+    selector, tables, least = rt.plan.selector, _tables(rt, q), rt.plan.min_context
+    assert selector is not None
+    queries = None
+    if rt.indexer is not None:
+        queries = rt.indexer.queries(_as_selector_sees(rt, q[:, list(rt.layer.retrieval)])).contiguous()
+        step.kernel_lists[rt.number] = []
+    source = step.kernel_lists[rt.plan.index_source(rt.number)]
+    for place, (group, count) in enumerate(blocks.group_range(start, stop - start, selector.query_block)):
+        if queries is not None:
+            source.append(blocks.choose_lists(queries, cache.index, first, group, count, stop, selector, least))
+        blocks.block_prefill(
+            q, *cache.far, out, tables.retrieval, tables.retrieval_places, tables.list_of, first, source[place],
+            selector, least, scale,
+        )  # fmt: skip
 
 
 def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
@@ -161,13 +194,17 @@ def _dense(
 def _index_keys(rt: LayerRuntime, k: Tensor) -> Tensor | None:
     if rt.indexer is None or rt.plan.selector is None:
         return None
-    tables = _tables(rt, k)
-    seen = k
-    if rt.plan.selector.rope == "pre":
-        if rt.rope is None:
-            raise ValueError("the selector reads q and k before RoPE, but the model passed no position embeddings")
-        seen = unrotate(k, *(table[:, -k.shape[2] :] for table in rt.rope))
-    return rt.indexer.keys(seen[:, tables.retrieval_kv.long()]).to(k.dtype)
+    return rt.indexer.keys(_as_selector_sees(rt, k)[:, _tables(rt, k).retrieval_kv_heads]).to(k.dtype)
+
+
+def _as_selector_sees(rt: LayerRuntime, x: Tensor) -> Tensor:
+    """x: [batch, heads, rows, head_dim], the call's rows."""
+    assert rt.plan.selector is not None
+    if rt.plan.selector.rope == "post":
+        return x
+    if rt.rope is None:
+        raise ValueError("the selector reads q and k before RoPE, but the model passed no position embeddings")
+    return unrotate(x, *(table[:, -x.shape[2] :] for table in rt.rope))
 
 
 def _rank(rt: LayerRuntime) -> int:

@@ -213,6 +213,7 @@ class Tables:
             rows = [[h] + [-1] * 15 for h in layer.retrieval]
             self.chosen = (torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 16), self.retrieval_places)
             self.sets = ints(range(len(layer.retrieval)))
+        self.list_of = ints((0 if union else i) for i in range(len(layer.retrieval)))  # of prompts' block lists
         self._shares: dict[tuple[int, int], Tensor] = {}
 
     def shares(self, local: int, retrieval: int) -> Tensor:

@@ -83,10 +83,13 @@ def _start(stats, row, chunks, STEP: tl.constexpr):
 
 @triton.jit
 def _above(
-    values, row, items, n, start, stop, lse, low, low_far, step,
-    SINKS: tl.constexpr, RECENT: tl.constexpr, ITEM: tl.constexpr, TILE: tl.constexpr, WAYS: tl.constexpr,
+    values, row, items, n, recent, start, stop, lse, low, low_far, step,
+    SINKS: tl.constexpr, ITEM: tl.constexpr, TILE: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
-    """Of the items start .. stop - 1 above each candidate edge: their weight, and how many are not forced."""
+    """Of the items start .. stop - 1 above each candidate edge: their weight, and how many are not forced.
+
+    Items with a token below SINKS or from ``recent`` on are forced; n tokens are visible.
+    """
     j = tl.arange(0, WAYS)
     edge, edge_far = low + step * j, low_far + step * j
     mass = tl.zeros([WAYS], tl.float32)
@@ -97,7 +100,7 @@ def _above(
         there = (item < stop) & (begin < n)
         value = tl.load(values + row * items + item, mask=there, other=float("-inf"))
         weight = tl.exp(value - lse)
-        forced = (begin < SINKS) | (begin + ITEM > n - RECENT)
+        forced = (begin < SINKS) | (begin + ITEM > recent)
         far = tl.where(there & (forced == 0) & (weight > 0.0), 1.0, 0.0)
         mass += tl.sum(tl.where(value[:, None] > edge[None, :], weight[:, None], 0.0), 0)
         number += tl.sum(tl.where(value[:, None] > edge_far[None, :], far[:, None], 0.0), 0)
@@ -155,7 +158,7 @@ def _search(
     if ALONE:
         for _ in tl.range(0, PASSES):
             mass, number = _above(
-                values, row, items, n, start, stop, lse, low, low_far, step, SINKS, RECENT, ITEM, TILE, WAYS
+                values, row, items, n, n - RECENT, start, stop, lse, low, low_far, step, SINKS, ITEM, TILE, WAYS
             )
             digit, digit_far = _digits(mass, number, P, MIN_KEEP, WAYS)
             low += digit * step
@@ -164,7 +167,7 @@ def _search(
     else:
         if pass_number < PASSES:
             mass, number = _above(
-                values, row, items, n, start, stop, lse, low, low_far, step, SINKS, RECENT, ITEM, TILE, WAYS
+                values, row, items, n, n - RECENT, start, stop, lse, low, low_far, step, SINKS, ITEM, TILE, WAYS
             )
             at = sums + (row * shares + share) * 2 * WAYS + j
             tl.store(at, mass)

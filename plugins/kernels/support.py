@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # asked of plans where no PyTorch is needed otherwise
 
 Kernels = Literal["auto", "triton", "reference"]
 LEAST_TRITON = (3, 4)
-LARGEST_HEAD = 256
+LARGEST_HEAD, LARGEST_BLOCK, LARGEST_GROUP = 256, 1024, 128
 DTYPES = ("bfloat16", "float16", "float32")
 
 log = logging.getLogger("sparsec")
@@ -47,8 +47,11 @@ def reason_in(plan: Plan) -> str | None:
         return f"the kernels take heads of up to {LARGEST_HEAD} dimensions, the model has {plan.model.head_dim}"
     if plan.window is not None and plan.window.compensate:
         return "the plan's window compensates for what it drops: only the reference does that"
-    if plan.selector is not None and plan.selector.prefill == "selector":
-        return "the plan's selector also chooses for prompts: only the reference does that so far"
+    if (s := plan.selector) is not None and "block" in (s.granularity, "block" * (s.prefill == "selector")):
+        if s.block & (s.block - 1) or s.block > LARGEST_BLOCK:
+            return f"the kernels take blocks of 2, 4, 8 … {LARGEST_BLOCK} tokens, the plan's have {s.block}"
+        if s.prefill == "selector" and s.query_block > LARGEST_GROUP:
+            return f"the kernels take query blocks of up to {LARGEST_GROUP} rows, the plan's have {s.query_block}"
     return None
 
 
