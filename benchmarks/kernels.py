@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sparsec.compiler.versions import versions
 from sparsec.plan import Plan
 from sparsec.plugins.attention import LayerRuntime, Step, layer_runtime
+from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of, kept_keys
 from sparsec.plugins.kernels import attention as kernels
-from sparsec.plugins.kernels.cache import KernelLayer
+from sparsec.plugins.kernels.cache import KernelLayer, Tables
+from sparsec.plugins.kernels.window import window_prefill
 from sparsec.plugins.selector import Indexer
 
 HEADS, KV, DIM, RANK, BLOCK, WINDOW, SINKS = 32, 8, 128, 16, 64, 8192, 4
@@ -38,7 +41,7 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 BANDWIDTH, MATRIX = 2.8e12, 600e12  # bytes/s and operations/s that the floors are counted with
 
 
-def plan(window: int, granularity: str, top_p: float = 0.9) -> Plan:
+def plan(window: int, granularity: str, prefill: str = "dense") -> Plan:
     """A plan of one layer."""
     heads = tuple(int(head in RETRIEVAL) for head in range(HEADS))
     return Plan.parse(
@@ -48,8 +51,8 @@ def plan(window: int, granularity: str, top_p: float = 0.9) -> Plan:
             "model": {"model_type": "llama", "layers": 1, "heads": HEADS, "kv_heads": KV, "head_dim": DIM},
             "window": {"size": window, "sinks": SINKS},
             "selector": {
-                "rank": RANK, "rope": "post", "top_p": top_p, "granularity": granularity, "block": BLOCK,
-                "sinks": SINKS, "recent": 64, "min_keep": 0, "scope": "head",
+                "rank": RANK, "rope": "post", "top_p": 0.9, "granularity": granularity, "block": BLOCK,
+                "sinks": SINKS, "recent": 64, "min_keep": 0, "scope": "head", "prefill": prefill,
             },
             "layers": [{"heads": heads, "index": "full"}],
         }
@@ -130,12 +133,17 @@ def check_decode(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
 
 
 def check_prefill(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
-    """A prompt in two chunks against float64."""
+    """A prompt in two chunks against float64; where blocks are chosen, against the reference's choice."""
     assert of.window is not None
-    rt = layer_runtime(of, 0, Indexer(*torch.randn(2, len(RETRIEVAL), RANK, DIM, device=GPU)), GPU)
+    assert of.selector is not None
+    generator = torch.Generator(GPU).manual_seed(length)
+    weights = torch.randn(2, len(RETRIEVAL), RANK, DIM, generator=generator, device=GPU) * 0.15
+    rt = layer_runtime(of, 0, Indexer(*weights).to(GPU), GPU)
     rt.cache = KernelLayer(of, 0)
     q, k, v = new_rows(rt, dtype, length, length)
-    out, cut = torch.full_like(q, float("nan")), length * 2 // 3
+    out, cut = torch.full_like(q, float("nan")), length * 2 // 3 // 64 * 64
+    assert rt.indexer is not None
+    kept = []
     for start, stop in ((0, cut), (cut, length)):
         part = slice(start, stop)
         pos = torch.arange(stop, device=GPU)[None]
@@ -145,14 +153,24 @@ def check_prefill(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
     t = torch.arange(length, device=GPU)[:, None]
     causal = t >= t.T
     near = causal & ((t - t.T < of.window.size) | (t.T < SINKS))
+    sets = torch.ones(1, len(RETRIEVAL), length, length, dtype=torch.bool, device=GPU)
+    if of.selector.prefill == "selector":
+        queries = rt.indexer.queries(q[:, list(RETRIEVAL)])
+        index = rt.indexer.keys(k[:, [head // (HEADS // KV) for head in RETRIEVAL]]).to(dtype).float()
+        numbers = group_numbers(t.T, of.selector, 0)
+        groups = groups_of(numbers, 0, length)
+        assert groups is not None
+        blocks = choose_blocks(queries @ index.transpose(2, 3), numbers, groups, t.T, t.T, of.selector)
+        sets = kept_keys(blocks, groups, t.T, causal[None, None], of.selector.block)
+        kept = [float(sets.float().sum() / causal.float().sum() / len(RETRIEVAL))]
     worst = 0.0
     for head in range(HEADS):
         kv = head // (HEADS // KV)
         scores = q[0, head].double() @ k[0, kv].double().T * SCALE
-        weights = scores.masked_fill(~(causal if head in RETRIEVAL else near), float("-inf")).softmax(-1)
-        true = weights @ v[0, kv].double()
+        seen = causal & sets[0, RETRIEVAL.index(head)] if head in RETRIEVAL else near
+        true = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v[0, kv].double()
         worst = max(worst, float((out[0, head].double() - true).norm() / true.norm()))
-    return {"error": worst}
+    return {"error": worst, "kept": kept}
 
 
 # Times -----------------------------------------------------------------------------------------------------------
@@ -164,7 +182,7 @@ def milliseconds(run: Callable[[], Any], least: float = 200.0, most: int = 50) -
     torch.cuda.synchronize()
     times: list[float] = []
     while len(times) < most and (sum(times) < least or not times):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         run()
         end.record()
@@ -175,7 +193,7 @@ def milliseconds(run: Callable[[], Any], least: float = 200.0, most: int = 50) -
 
 def graphed(steps: list[Callable[[], Any]]) -> Callable[[], Any]:
     """All steps as one CUDA graph."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for _ in range(2):
             for step in steps:
@@ -214,10 +232,10 @@ def time_prefill(of: Plan, length: int) -> dict[str, Any]:
         kernels.prefill(rt, Step(decode=False), q, k, v, pos, False, SCALE, out)
 
     def local() -> None:
-        tables = kernels._tables(rt, q)
-        first = torch.zeros(1, dtype=torch.int32, device=GPU)
+        tables, first = Tables(of, 0, GPU), torch.zeros(1, dtype=torch.int32, device=GPU)
+        assert of.window is not None
         for heads in (tables.near_heads, tables.beside_heads):
-            kernels.window_prefill(q, k, v, out, *heads, rt.cache.window, 0, SCALE, first)  # type: ignore[union-attr]
+            window_prefill(q, k, v, out, *heads, of.window, 0, SCALE, first)
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -246,10 +264,7 @@ def time_decode(of: Plan, length: int, rate: float) -> dict[str, Any]:
     out, step = torch.empty_like(rows[0][0]), Step(decode=True, commit=False)
     ours = milliseconds(
         graphed(
-            [
-                lambda rt=rt, row=row: kernels.decode_step(rt, step, *row, SCALE, out)  # type: ignore[misc]
-                for (rt, _), row in zip(made, rows, strict=True)
-            ]
+            [partial(kernels.decode_step, rt, step, *row, SCALE, out) for (rt, _), row in zip(made, rows, strict=True)]
         )
     )
     share = check_decode(of, dtype, length)["kept"] if length <= 131072 else None
@@ -259,10 +274,7 @@ def time_decode(of: Plan, length: int, rate: float) -> dict[str, Any]:
     q = rows[0][0]
     dense = fastest(
         lambda: graphed(
-            [
-                lambda c=c: F.scaled_dot_product_attention(q, c[0], c[1], enable_gqa=True)  # type: ignore[misc]
-                for c in caches
-            ]
+            [partial(F.scaled_dot_product_attention, q, keys, values, enable_gqa=True) for keys, values in caches]
         )
     )
     dense = {name: value / layers for name, value in dense.items()}
@@ -309,6 +321,7 @@ def main() -> None:
                     name = f"decode {granularity} {length} {dtype}"
                     note("checks", name, check_decode(plan(1024, granularity), dtype, length))
             note("checks", f"prefill {dtype}", check_prefill(plan(700, "token"), dtype, 3001))
+            note("checks", f"prefill by blocks {dtype}", check_prefill(plan(700, "token", "selector"), dtype, 3001))
     for length in map(int, options.lengths.split(",")):
         if options.only in (None, "decode"):
             for granularity in ("block", "token"):
@@ -317,7 +330,8 @@ def main() -> None:
                         "decode", f"{granularity} {length} {rate}", time_decode(plan(WINDOW, granularity), length, rate)
                     )
         if options.only in (None, "prefill"):
-            note("prefill", str(length), time_prefill(plan(WINDOW, "block"), length))
+            for prefill in ("dense", "selector"):
+                note("prefill", f"{prefill} {length}", time_prefill(plan(WINDOW, "block", prefill), length))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache
 
+from sparsec.plugins.kernels.support import Kernels
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import kv_bytes, uninstall
 
@@ -23,6 +24,7 @@ def answer(
     chat: bool,
     device: str,
     dtype: str,
+    kernels: Kernels = "reference",
     stream: bool,
 ) -> dict[str, Any]:
     """Generate; with ``stream`` the text is printed as it comes.
@@ -31,11 +33,12 @@ def answer(
         artifact: its folder.
         text: the prompt, or what the user says where the tokenizer has a chat template and ``chat`` is set.
         dense: the base weights without the plan.
+        kernels: what the plan runs on, as in :func:`sparsec.load`.
 
     Returns:
         text, prompt and new tokens, bytes in the cache at the end, seconds.
     """
-    model, tokenizer = load(artifact, device=device, dtype=dtype)
+    model, tokenizer = load(artifact, device=device, dtype=dtype, kernels="reference" if dense else kernels)
     return respond(model, tokenizer, text, max_new_tokens=max_new_tokens, dense=dense, chat=chat, stream=stream)
 
 

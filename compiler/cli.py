@@ -19,6 +19,7 @@ from sparsec.events import silent
 
 if TYPE_CHECKING:
     from sparsec.passes.base import Tier
+    from sparsec.plugins.kernels.support import Kernels
 
 STOPPED = 130
 
@@ -32,6 +33,7 @@ HELP = {
     "device": "cpu, cuda, cuda:N, or auto (spread over what is there).",
     "dtype": "float32, bfloat16, float16, or auto (as stored).",
     "tasks": "Answered by generating: names, or the groups needles, ruler, threads, all; docs/evaluation.md says what.",
+    "kernels": "What runs the plan: PyTorch, Triton's kernels, or those on a GPU where they can.",
     "systems": "Side by side, artifact: all.  [default: dense,window,split,artifact; of DSA models dense,artifact]",
     "contexts": "Also take the text loss after so many shorter prompts of each window, evenly spread.",
     "decode_tokens": "Long decode: so many tokens generated greedily after natural text, 1024 or more; 0: none.",
@@ -49,6 +51,11 @@ def cache_dir() -> Path:
 def _device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--device", default="cpu", show_default=True, help=HELP["device"])(command)
     return click.option("--dtype", default="auto", show_default=True, help=HELP["dtype"])(command)
+
+
+def _kernels_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    choice = click.Choice(["reference", "triton", "auto"])
+    return click.option("--kernels", default="reference", show_default=True, type=choice, help=HELP["kernels"])(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -269,8 +276,7 @@ def eval_command(
     )
     if decode_tokens and chosen is not None and "dense" not in chosen:
         raise UsageError("--decode-tokens compares with what dense writes: add dense to --systems")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UsageError(f"-o {out}: there is no folder {out.absolute().parent}, make it or choose another place")
+    _check_place(out)
     where: dict[str, Any] = {"text": text, "base": base, "device": device, "dtype": dtype, "cache_dir": cache_dir()}
     with drawing() as listen:
         result = evaluate_artifacts(artifacts, chosen, suite, **where, listen=listen)
@@ -278,6 +284,57 @@ def eval_command(
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(result, indent=2) if as_json else evaluation_text(result))
+
+
+@cli.command("bench")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--contexts", default="2048,4096,8192", show_default=True, help="Prompt lengths in tokens.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Sequences at once.")
+@click.option("--tokens", default=32, show_default=True, type=click.IntRange(min=1), help="Decode steps timed.")
+@click.option("--text", help="What prompts are cut from: as --calibration of compile.  [default: the artifact's own]")
+@_kernels_option
+@_device_options
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Also write the JSON here.")
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+def bench_command(
+    artifact: Path,
+    contexts: str,
+    batch: int,
+    tokens: int,
+    text: str | None,
+    kernels: Kernels,
+    device: str,
+    dtype: str,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Time ARTIFACT beside the dense model: first token, later tokens, and bytes of the cache, by context."""
+    from sparsec.compiler.bench import bench, bench_text
+    from sparsec.compiler.draw import drawing
+
+    lengths = _numbers(contexts, "--contexts")
+    _check_place(out)
+    with drawing() as listen:
+        result = bench(
+            artifact,
+            lengths,
+            batch=batch,
+            tokens=tokens,
+            text=text,
+            device=device,
+            dtype=dtype,
+            kernels=kernels,
+            listen=listen,
+        )
+    result["command"] = shlex.join(["sparsec", *sys.argv[1:]])
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    click.echo(json.dumps(result, indent=2) if as_json else bench_text(result))
+
+
+def _check_place(out: Path | None) -> None:
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"-o {out}: there is no folder {out.absolute().parent}, make it or choose another place")
 
 
 def _names(option: str, text: str, known: list[str]) -> list[str]:
@@ -290,13 +347,13 @@ def _names(option: str, text: str, known: list[str]) -> list[str]:
     return found
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, option: str = "--lengths") -> list[int]:
     try:
         found = [int(part) for part in text.split(",") if part]
     except ValueError:
-        raise UsageError(f"--lengths {text!r}: write token counts, e.g. 2048,4096") from None
+        raise UsageError(f"{option} {text!r}: write token counts, e.g. 2048,4096") from None
     if not found or min(found) < 16:
-        raise UsageError("--lengths needs token counts of 16 or more, e.g. 2048,4096")
+        raise UsageError(f"{option} needs token counts of 16 or more, e.g. 2048,4096")
     return found
 
 
@@ -306,6 +363,7 @@ def _numbers(text: str) -> list[int]:
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1))
 @click.option("--dense", is_flag=True, help="Run the artifact's base weights without the plan.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@_kernels_option
 @_device_options
 @click.option("--json", "as_json", is_flag=True, help="Text and counts as JSON.")
 def generate(
@@ -314,6 +372,7 @@ def generate(
     max_new_tokens: int,
     dense: bool,
     raw: bool,
+    kernels: Kernels,
     device: str,
     dtype: str,
     as_json: bool,
@@ -335,6 +394,7 @@ def generate(
         chat=not raw,
         device=device,
         dtype=dtype,
+        kernels=kernels,
         stream=not as_json,
     )
     if as_json:

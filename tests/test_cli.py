@@ -315,6 +315,28 @@ def test_inspect_gives_everything_as_json(cli: Any, tiny_artifact: Path) -> None
     assert data["manifest"]["calibration"] == data["measurements"]["calibration"]["digest"]
 
 
+# bench
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_an_artifact_is_timed_beside_the_dense_model(
+    kernels: str, cli: Any, tiny_artifact: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "bench.json"
+    line = ["bench", tiny_artifact, "--contexts", "24,200", "--batch", "2", "--tokens", "2", "--kernels", kernels]
+    result = cli(*line, "-o", file)
+    assert result.status == 0, result.err
+    found = json.loads(file.read_text())
+    rows = {(row["system"], row["context"]): row for row in found["rows"]}
+    assert set(rows) == {(system, context) for system in ("dense", "artifact") for context in (24, 200)}
+    assert all(row["prefill_s"] > 0 and row["step_s"] > 0 for row in rows.values())
+    assert rows["artifact", 200]["runs"] == ("Triton kernels" if kernels == "triton" else "PyTorch reference")
+    shape = read_plan(tiny_artifact).model
+    assert rows["dense", 200]["kv_bytes"] == 2 * 2 * 200 * shape.layers * shape.kv_heads * shape.head_dim * 4
+    assert "tokens/s" in result.out
+    assert found["command"].startswith("sparsec bench")
+
+
 # generate
 
 

@@ -697,6 +697,28 @@ def test_kernels_equal_the_reference_under_a_plan(name: str, model: Any) -> None
     assert cache.get_seq_length() == 30
 
 
+def test_steps_as_a_graph_write_what_single_calls_write(model: Any) -> None:
+    from sparsec.plugins.kernels.graph import DecodeGraph
+
+    plan, model = ON_KERNELS["shared index"], copy.deepcopy(model).to(DEVICE)
+    ids = torch.randint(1, 97, (1, 20), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    with applied(model, plan, make_tensors(plan)), torch.no_grad():
+        cache, reference = new_cache(model, "triton"), new_cache(model, "reference")
+        token = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        model(ids, past_key_values=reference, use_cache=True)
+        steps, found, true = DecodeGraph(model, cache, token, room=3), [], []
+        for _ in range(3):
+            found.append(int(steps()))
+            token = model(token, past_key_values=reference, use_cache=True).logits[:, -1:].argmax(-1)
+            true.append(int(token))
+        assert found == true
+        assert cache.get_seq_length() == 23
+        with pytest.raises(ValueError, match="full"):
+            steps()
+        with pytest.raises(ValueError, match="new_cache"):
+            DecodeGraph(model, reference, token, room=1)
+
+
 def test_who_runs_what(model: Any) -> None:
     pytest.importorskip("triton")
     plan = PLANS["blocks"]

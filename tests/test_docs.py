@@ -40,6 +40,9 @@ EXECUTED = {  # for real, in a folder where out/demo is a small artifact
     'sparsec generate out/demo "Why is the sky blue?" --max-new-tokens 40 --dense',
 }
 PARSED = {  # minutes of work: name, options and their types are checked
+    "sparsec bench out/demo",
+    "sparsec bench out/demo --device cuda --dtype bfloat16 --kernels triton -o bench.json",
+    'sparsec generate out/demo "Why is the sky blue?" --device cuda --kernels triton',
     "sparsec compile path/to/dsa-model --passes indexcache --keep 25% -o out/model",
     "sparsec compile path/to/dsa-model --passes indexcache,hisa -o out/model",
     "sparsec compile path/to/dsa-model --passes indexcache,misa --set misa.two_stage=true -o out/model",

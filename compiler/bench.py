@@ -1,0 +1,305 @@
+"""Times an artifact beside the dense model: time to first token, time per token, bytes of the cache, by context.
+
+Prompts are natural text, so that selectors keep what they keep in use; documents one behind the other.
+Dense runs on PyTorch's attention with a cache allocated ahead; on a GPU on every backend that has a kernel for it, and
+the fastest counts and is named. On a GPU a decode step of either is one captured graph. All in one process, in turns.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+from sparsec.calibrate.corpus import Corpus, read_corpus
+from sparsec.compiler.explain import artifact_data
+from sparsec.compiler.versions import versions
+from sparsec.errors import SparsecError
+from sparsec.events import Event, Listener, silent
+from sparsec.plan import Plan
+from sparsec.plugins.kernels.support import Kernels, chosen
+from sparsec.plugins.load import load
+from sparsec.plugins.runtime import indexer_tensors, install, kv_bytes, new_cache, uninstall, use_kernels
+
+CHUNK = 16384  # tokens of a prompt a forward: activations of a whole long prompt are gigabytes
+BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+REPEATS = 3  # prompts; the first one only warms up
+
+
+class DenseLayer(CacheLayerMixin):
+    """Keys and values of one layer, allocated ahead: [batch, KV heads, room, head_dim]."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.length = room, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The first tokens say batch, heads, dtype and device."""
+        batch, heads, _, dim = key_states.shape
+        self.keys = key_states.new_empty(batch, heads, self.room, dim)
+        self.values = value_states.new_empty(batch, heads, self.room, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, without a copy."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        stop = self.length + key_states.shape[2]
+        self.keys[:, :, self.length : stop] = key_states
+        self.values[:, :, self.length : stop] = value_states
+        self.length = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover everything."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No more than was allocated."""
+        return self.room
+
+
+def bench(
+    artifact: Path,
+    contexts: Sequence[int],
+    *,
+    batch: int,
+    tokens: int,
+    text: str | None,
+    device: str,
+    dtype: str,
+    kernels: Kernels,
+    listen: Listener = silent,
+) -> dict[str, Any]:
+    """Measure.
+
+    Args:
+        artifact: its folder.
+        contexts: prompt lengths in tokens.
+        batch: sequences at once.
+        tokens: decode steps that are timed.
+        text: what prompts are cut from, as in a compile; None: as the artifact was compiled.
+
+    Returns:
+        JSON data: a row a context and system, with the device, versions and what ran.
+
+    Raises:
+        UsageError: kernels that are demanded and cannot run.
+        CalibrationError: the text is not there or not readable.
+        SparsecError: out of memory.
+    """
+    made = artifact_data(artifact)["manifest"]
+    model, tokenizer = load(artifact, device=device, dtype=dtype, kernels=kernels)
+    plan: Plan = model.sparsec_plan
+    on_kernels = chosen(kernels, plan, model.device, model.dtype)
+    ids = _text(read_corpus(text or made["recipe"]["calibration"]), tokenizer, max(contexts))
+    rows: list[dict[str, Any]] = []
+    tensors = indexer_tensors(model)
+    for context in contexts:
+        for system in ("dense", "artifact"):
+            if system == "dense":
+                uninstall(model)
+            else:
+                install(model, plan, tensors)
+                use_kernels(model, kernels)
+            listen(Event(f"{system} {context}", 0, 1))
+            prompts = ids[None, :context].expand(batch, -1).to(model.device)
+            try:
+                if system == "artifact":
+                    found = {"runs": "Triton kernels" if on_kernels else "PyTorch reference"}
+                    found |= _timed(model, prompts, tokens, lambda: new_cache(model, kernels), on_kernels)
+                else:
+                    found = _dense(model, prompts, tokens)
+            except torch.OutOfMemoryError:
+                found = {"runs": "out of memory"}
+            rows.append({"system": system, "context": context, "batch": batch, **found})
+            listen(Event(f"{system} {context}", 1, 1))
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    if all("prefill_s" not in row for row in rows):
+        raise SparsecError(f"nothing of this fits into the memory of {device}: use shorter --contexts or --batch 1")
+    return {
+        "rows": rows,
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokens": tokens,
+        "plan": plan.digest,
+        "versions": versions(),
+    }
+
+
+def _text(corpus: Corpus, tokenizer: Any, length: int) -> Tensor:
+    """So many tokens of the documents, one behind the other, over again where they are too few: int64 [length]."""
+    found: list[int] = []
+    while len(found) < length:
+        for document in corpus.documents:
+            found += tokenizer(document.text, add_special_tokens=False)["input_ids"]
+            if len(found) >= length:
+                break
+    return torch.tensor(found[:length])
+
+
+def _dense(model: Any, prompts: Tensor, tokens: int) -> dict[str, Any]:
+    """The fastest backend for the prompt and the fastest for the steps, each named."""
+    room = prompts.shape[1] + tokens + 1
+    made = _dense_cache(model, room)
+    if not prompts.is_cuda:
+        return {"runs": "PyTorch SDPA"} | _timed(model, prompts, tokens, made, graphs=False)
+    found = {}
+    for name, backend in BACKENDS.items():
+        try:
+            with sdpa_kernel(backend):
+                found[name] = _timed(model, prompts, tokens, made, graphs=True)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            found.pop(name, None)
+    if not found:
+        return {"runs": "PyTorch SDPA"} | _timed(model, prompts, tokens, made, graphs=True)
+    first = min(found, key=lambda name: found[name]["prefill_s"])
+    step = min(found, key=lambda name: found[name]["step_s"])
+    return {**found[step], "prefill_s": found[first]["prefill_s"], "runs": f"SDPA: prompt {first}, steps {step}"}
+
+
+def _dense_cache(model: Any, room: int) -> Callable[[], Any]:
+    def make() -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        cache.layer_class_to_replicate = None
+        cache.layers = [DenseLayer(room) for _ in range(model.config.num_hidden_layers)]
+        return cache
+
+    return make
+
+
+@torch.no_grad()
+def _timed(model: Any, prompts: Tensor, tokens: int, make: Callable[[], Any], graphs: bool) -> dict[str, Any]:
+    """Seconds from the prompt to the first token and of a later step (medians), and bytes resident after the prompt."""
+    prefill: list[float] = []
+    for _ in range(REPEATS):
+        cache = make()
+        with _clock(prompts) as seconds:
+            token = _prompt(model, prompts, cache)
+        prefill.append(seconds())
+    resident = _resident(cache)
+    steps: list[float] = []
+    step = _stepper(model, cache, token, tokens, graphs and prompts.is_cuda)
+    for _ in range(tokens):
+        with _clock(prompts) as seconds:
+            step()
+        steps.append(seconds())
+    median = statistics.median(steps)
+    return {
+        "prefill_s": statistics.median(prefill[1:]),
+        "step_s": median,
+        "tokens_per_s": len(prompts) / median,
+        "kv_bytes": resident,
+    }
+
+
+def _prompt(model: Any, prompts: Tensor, cache: Any) -> Tensor:
+    """The prompt in chunks; the first token after it, [batch, 1]."""
+    logits = None
+    for part in torch.split(prompts, CHUNK, dim=1):
+        logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    assert logits is not None
+    token: Tensor = logits.argmax(-1)
+    return token
+
+
+def _stepper(model: Any, cache: Any, token: Tensor, room: int, graphs: bool) -> Callable[[], Any]:
+    """Something that decodes one token when called."""
+    if graphs and not isinstance(cache.layers[0], DenseLayer):
+        from sparsec.plugins.kernels.graph import DecodeGraph
+
+        return DecodeGraph(model, cache, token, room)
+
+    def once() -> None:
+        token.copy_(model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1))
+
+    if not graphs:
+        return once
+    # The same step again and again: dense reads as many keys in each, which does not flatter the other side.
+    position = torch.full_like(token, cache.get_seq_length())
+
+    def fixed() -> None:
+        before = [layer.length for layer in cache.layers]
+        model(token, position_ids=position, past_key_values=cache, use_cache=True)
+        for layer, length in zip(cache.layers, before, strict=True):
+            layer.length = length
+
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        fixed()
+        fixed()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fixed()
+    return graph.replay
+
+
+def _resident(cache: Any) -> int:
+    """Bytes of keys, values and index keys; of the dense cache as far as it is filled."""
+    if not isinstance(cache.layers[0], DenseLayer):
+        return kv_bytes(cache)
+    filled = ((layer.keys[:, :, : layer.length], layer.values[:, :, : layer.length]) for layer in cache.layers)
+    return sum(keys.nbytes + values.nbytes for keys, values in filled)
+
+
+@contextmanager
+def _clock(on: Tensor) -> Iterator[Callable[[], float]]:
+    """Wall-clock of the block, all work on the device included."""
+    wait = torch.cuda.synchronize if on.is_cuda else nullcontext
+    wait()
+    began = time.perf_counter()
+    ended = [began]
+    yield lambda: ended[0] - began
+    wait()
+    ended[0] = time.perf_counter()
+
+
+def bench_text(result: Mapping[str, Any]) -> str:
+    """``sparsec bench`` as a table."""
+    by: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        by.setdefault(row["context"], {})[row["system"]] = row
+    lines = [
+        f"{'context':>9}  {'system':<9} {'first token':>12} {'a token':>10} {'tokens/s':>9} {'KV cache':>11}  runs on",
+    ]
+    for context, systems in by.items():
+        for name in ("dense", "artifact"):
+            row = systems[name]
+            if "prefill_s" not in row:
+                lines.append(f"{context:>9,}  {name:<9} {row['runs']}")
+                continue
+            lines.append(
+                f"{context:>9,}  {name:<9} {row['prefill_s']:>10.3f} s {row['step_s'] * 1e3:>7.2f} ms "
+                f"{row['tokens_per_s']:>9.1f} {row['kv_bytes'] / 2**20:>7.1f} MiB  {row['runs']}"
+            )
+        if all("prefill_s" in systems[name] for name in ("dense", "artifact")):
+            dense, ours = systems["dense"], systems["artifact"]
+            lines.append(
+                f"{'':>9}  {'ratio':<9} {dense['prefill_s'] / ours['prefill_s']:>11.2f}x "
+                f"{dense['step_s'] / ours['step_s']:>8.2f}x {'':>9} {dense['kv_bytes'] / ours['kv_bytes']:>10.2f}x"
+            )
+    lines += [
+        "",
+        f"{result['device']}, {result['dtype']}, batch {result['rows'][0]['batch']}; medians, a token over "
+        f"{result['tokens']} steps. Ratios: dense over artifact. Dense's cache is counted as far as it is filled.",
+    ]
+    return "\n".join(lines)
