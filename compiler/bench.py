@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from sparsec.calibrate.corpus import Corpus, read_corpus
 from sparsec.compiler.explain import artifact_data
+from sparsec.compiler.shapes import installed, made_plan, random_model
 from sparsec.compiler.versions import versions
 from sparsec.errors import SparsecError
 from sparsec.events import Event, Listener, silent
@@ -72,51 +74,87 @@ class DenseLayer(CacheLayerMixin):
         return self.room
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is timed: a model that runs a plan, and token ids that its prompts are cut from, [length]."""
+
+    model: Any
+    ids: Tensor
+    about: Mapping[str, Any]  # goes into the result
+
+
+def of_artifact(artifact: Path, length: int, *, text: str | None, device: str, dtype: str, kernels: Kernels) -> Subject:
+    """An artifact on natural text.
+
+    Args:
+        artifact: its folder.
+        length: tokens of the longest prompt.
+        text: what prompts are cut from, as in a compile; None: as the artifact was compiled.
+
+    Raises:
+        ArtifactError: there is none, or it cannot be loaded.
+        UsageError: kernels that are demanded and cannot run.
+        CalibrationError: the text is not there or not readable.
+    """
+    made = artifact_data(artifact)["manifest"]
+    model, tokenizer = load(artifact, device=device, dtype=dtype, kernels=kernels)
+    spec = text or made["recipe"]["calibration"]
+    return Subject(model, _text(read_corpus(spec), tokenizer, length), {"artifact": artifact.name, "text": spec})
+
+
+def of_shape(
+    config: Path, length: int, *, ratio: float, window: int, rate: float, prefill: str, device: str, dtype: str,
+    kernels: Kernels,
+) -> Subject:  # fmt: skip
+    """A model with random weights on random tokens: :mod:`sparsec.compiler.shapes`."""
+    model = random_model(config, device=device, dtype=dtype)
+    installed(model, made_plan(model, ratio=ratio, window=window, rate=rate, prefill=prefill))
+    use_kernels(model, kernels)
+    ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    stated = {"ratio": ratio, "window": window, "rate": rate, "prefill": prefill}
+    return Subject(model, ids, {"shape": config.name, "random weights": True, **stated})
+
+
 def bench(
-    artifact: Path,
+    subject: Subject,
     contexts: Sequence[int],
     *,
     batch: int,
     tokens: int,
-    text: str | None,
-    device: str,
-    dtype: str,
     kernels: Kernels,
+    dense: bool = True,
     listen: Listener = silent,
 ) -> dict[str, Any]:
     """Measure.
 
     Args:
-        artifact: its folder.
+        subject: what.
         contexts: prompt lengths in tokens.
         batch: sequences at once.
         tokens: decode steps that are timed.
-        text: what prompts are cut from, as in a compile; None: as the artifact was compiled.
+        kernels: what the plan runs on.
+        dense: beside the dense model.
 
     Returns:
-        JSON data: a row a context and system, with the device, versions and what ran.
+        JSON data: a row a context and system, with the device, versions and what ran; ``break_even`` is the least of
+        the contexts from which on decode is faster than dense, or null.
 
     Raises:
-        UsageError: kernels that are demanded and cannot run.
-        CalibrationError: the text is not there or not readable.
-        SparsecError: out of memory.
+        SparsecError: nothing fits into memory.
     """
-    made = artifact_data(artifact)["manifest"]
-    model, tokenizer = load(artifact, device=device, dtype=dtype, kernels=kernels)
+    model, rows = subject.model, []
     plan: Plan = model.sparsec_plan
     on_kernels = chosen(kernels, plan, model.device, model.dtype)
-    ids = _text(read_corpus(text or made["recipe"]["calibration"]), tokenizer, max(contexts))
-    rows: list[dict[str, Any]] = []
     tensors = indexer_tensors(model)
     for context in contexts:
-        for system in ("dense", "artifact"):
+        prompts = subject.ids[None, :context].expand(batch, -1).to(model.device)
+        for system in ("dense", "artifact") if dense else ("artifact",):
             if system == "dense":
                 uninstall(model)
             else:
                 install(model, plan, tensors)
                 use_kernels(model, kernels)
             listen(Event(f"{system} {context}", 0, 1))
-            prompts = ids[None, :context].expand(batch, -1).to(model.device)
             try:
                 if system == "artifact":
                     found = {"runs": "Triton kernels" if on_kernels else "PyTorch reference"}
@@ -131,15 +169,29 @@ def bench(
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     if all("prefill_s" not in row for row in rows):
-        raise SparsecError(f"nothing of this fits into the memory of {device}: use shorter --contexts or --batch 1")
+        raise SparsecError("nothing of this fits into memory: use shorter --contexts or --batch 1")
     return {
         "rows": rows,
+        "break_even": _break_even(rows),
+        **subject.about,
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU",
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokens": tokens,
         "plan": plan.digest,
         "versions": versions(),
     }
+
+
+def _break_even(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The least context from which on a step of the artifact takes less time than dense's."""
+    steps = {(row["system"], row["context"]): row.get("step_s") for row in rows}
+    least = None
+    for context in sorted({row["context"] for row in rows}, reverse=True):
+        dense, ours = steps.get(("dense", context)), steps["artifact", context]
+        if ours is None or dense is None or ours >= dense:
+            break
+        least = context
+    return least
 
 
 def _text(corpus: Corpus, tokenizer: Any, length: int) -> Tensor:
@@ -282,8 +334,7 @@ def bench_text(result: Mapping[str, Any]) -> str:
         f"{'context':>9}  {'system':<9} {'first token':>12} {'a token':>10} {'tokens/s':>9} {'KV cache':>11}  runs on",
     ]
     for context, systems in by.items():
-        for name in ("dense", "artifact"):
-            row = systems[name]
+        for name, row in systems.items():
             if "prefill_s" not in row:
                 lines.append(f"{context:>9,}  {name:<9} {row['runs']}")
                 continue
@@ -291,12 +342,20 @@ def bench_text(result: Mapping[str, Any]) -> str:
                 f"{context:>9,}  {name:<9} {row['prefill_s']:>10.3f} s {row['step_s'] * 1e3:>7.2f} ms "
                 f"{row['tokens_per_s']:>9.1f} {row['kv_bytes'] / 2**20:>7.1f} MiB  {row['runs']}"
             )
-        if all("prefill_s" in systems[name] for name in ("dense", "artifact")):
+        if all("prefill_s" in systems.get(name, {}) for name in ("dense", "artifact")):
             dense, ours = systems["dense"], systems["artifact"]
             lines.append(
                 f"{'':>9}  {'ratio':<9} {dense['prefill_s'] / ours['prefill_s']:>11.2f}x "
                 f"{dense['step_s'] / ours['step_s']:>8.2f}x {'':>9} {dense['kv_bytes'] / ours['kv_bytes']:>10.2f}x"
             )
+    if result["break_even"] is not None:
+        lines += ["", f"A token takes less time than dense's from {result['break_even']:,} tokens of context on."]
+    if result.get("random weights"):
+        lines += [
+            "",
+            f"Random weights; {result['ratio']:.0%} of the heads, drawn at random, are retrieval heads, made to keep "
+            f"about {result['rate']:.0%} of their blocks; window {result['window']:,}.",
+        ]
     lines += [
         "",
         f"{result['device']}, {result['dtype']}, batch {result['rows'][0]['batch']}; medians, a token over "

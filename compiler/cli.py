@@ -34,6 +34,7 @@ HELP = {
     "dtype": "float32, bfloat16, float16, or auto (as stored).",
     "tasks": "Answered by generating: names, or the groups needles, ruler, threads, all; docs/evaluation.md says what.",
     "kernels": "What runs the plan: PyTorch, Triton's kernels, or those on a GPU where they can.",
+    "shape": "A config.json, or a folder with one, instead of an artifact: random weights and a made-up plan.",
     "systems": "Side by side, artifact: all.  [default: dense,window,split,artifact; of DSA models dense,artifact]",
     "contexts": "Also take the text loss after so many shorter prompts of each window, evenly spread.",
     "decode_tokens": "Long decode: so many tokens generated greedily after natural text, 1024 or more; 0: none.",
@@ -287,7 +288,17 @@ def eval_command(
 
 
 @cli.command("bench")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=click.Path(path_type=Path), required=False)
+@click.option("--shape", type=click.Path(path_type=Path), help=HELP["shape"])
+@click.option(
+    "--ratio", default=0.15, show_default=True, type=click.FloatRange(0, 1), help="Of --shape: retrieval heads."
+)
+@click.option("--window", default=8192, show_default=True, type=click.IntRange(min=1), help="Of --shape: tokens.")
+@click.option("--rate", default=0.1, show_default=True, type=click.FloatRange(0, 1), help="Of --shape: blocks kept.")
+@click.option(
+    "--prefill", default="dense", show_default=True, type=click.Choice(["dense", "selector"]), help="Of --shape."
+)
+@click.option("--no-dense", is_flag=True, help="Leave the dense model out.")
 @click.option("--contexts", default="2048,4096,8192", show_default=True, help="Prompt lengths in tokens.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Sequences at once.")
 @click.option("--tokens", default=32, show_default=True, type=click.IntRange(min=1), help="Decode steps timed.")
@@ -297,7 +308,13 @@ def eval_command(
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Also write the JSON here.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 def bench_command(
-    artifact: Path,
+    artifact: Path | None,
+    shape: Path | None,
+    ratio: float,
+    window: int,
+    rate: float,
+    prefill: str,
+    no_dense: bool,
     contexts: str,
     batch: int,
     tokens: int,
@@ -309,23 +326,22 @@ def bench_command(
     as_json: bool,
 ) -> None:
     """Time ARTIFACT beside the dense model: first token, later tokens, and bytes of the cache, by context."""
-    from sparsec.compiler.bench import bench, bench_text
+    from sparsec.compiler.bench import bench, bench_text, of_artifact, of_shape
     from sparsec.compiler.draw import drawing
 
     lengths = _numbers(contexts, "--contexts")
     _check_place(out)
+    if (artifact is None) == (shape is None):
+        raise UsageError("name an artifact, or a config with --shape, one of them")
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "kernels": kernels}
     with drawing() as listen:
-        result = bench(
-            artifact,
-            lengths,
-            batch=batch,
-            tokens=tokens,
-            text=text,
-            device=device,
-            dtype=dtype,
-            kernels=kernels,
-            listen=listen,
-        )
+        if artifact is not None:
+            subject = of_artifact(artifact, max(lengths), text=text, **where)
+        else:
+            assert shape is not None
+            made: dict[str, Any] = {"ratio": ratio, "window": window, "rate": rate, "prefill": prefill}
+            subject = of_shape(shape, max(lengths), **made, **where)
+        result = bench(subject, lengths, batch=batch, tokens=tokens, kernels=kernels, dense=not no_dense, listen=listen)
     result["command"] = shlex.join(["sparsec", *sys.argv[1:]])
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

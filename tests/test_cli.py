@@ -337,6 +337,30 @@ def test_an_artifact_is_timed_beside_the_dense_model(
     assert found["command"].startswith("sparsec bench")
 
 
+def test_a_shape_is_timed_with_random_weights(cli: Any, tiny_deep: Path) -> None:
+    line = ["bench", "--shape", tiny_deep, "--contexts", "300", "--tokens", "1", "--window", "64", "--rate", "0.25"]
+    found = json.loads(cli(*line, "--dtype", "float32", "--json").out)
+    assert [row["system"] for row in found["rows"]] == ["dense", "artifact"]
+    assert all(row["kv_bytes"] > 0 and row["step_s"] > 0 for row in found["rows"])
+    assert (found["random weights"], found["rate"]) == (True, 0.25)
+    alone = json.loads(cli(*line, "--no-dense", "--json").out)
+    assert [row["system"] for row in alone["rows"]] == ["artifact"]
+    assert alone["break_even"] is None
+
+
+@pytest.mark.parametrize("line", [["bench"], ["bench", "out", "--shape", "config.json"]])
+def test_an_artifact_or_a_shape_is_timed(line: list[str], cli: Any) -> None:
+    result = cli(*line)
+    assert result.status == 2
+    assert "--shape" in result.err
+
+
+def test_what_is_no_shape_is_refused(cli: Any, tmp_path: Path) -> None:
+    result = cli("bench", "--shape", tmp_path / "nothing")
+    assert result.status == 1
+    assert "config.json" in result.err
+
+
 # generate
 
 
