@@ -293,11 +293,11 @@ def _index_keys(rt: LayerRuntime, k: Tensor) -> Tensor | None:
     if rt.indexer is None or rt.plan.selector is None:
         return None
     heads = torch.searchsorted(rt.full_kv, rt.retrieval // rt.plan.model.group)
-    return rt.indexer.keys(_as_selector_sees(rt, k)[:, heads]).to(k.dtype)
+    return rt.indexer.keys(as_selector_sees(rt, k)[:, heads]).to(k.dtype)
 
 
-def _as_selector_sees(rt: LayerRuntime, x: Tensor) -> Tensor:
-    """x: [batch, heads, rows, head_dim], the call's last so many rows."""
+def as_selector_sees(rt: LayerRuntime, x: Tensor) -> Tensor:
+    """q or k before or after RoPE, as the plan says; x: [batch, heads, rows, head_dim], the call's last rows."""
     assert rt.plan.selector is not None
     if rt.plan.selector.rope == "post":
         return x
@@ -362,7 +362,7 @@ def _scores(rt: LayerRuntime, q: Tensor, start: int, stop: int, index: Tensor | 
     """The selector's scores of rows start .. stop on the first keys, float32."""
     assert rt.indexer is not None
     assert index is not None
-    queries = rt.indexer.queries(_as_selector_sees(rt, q)[:, :, start:stop])
+    queries = rt.indexer.queries(as_selector_sees(rt, q)[:, :, start:stop])
     return queries @ index[:, :, :keys].float().transpose(-1, -2)
 
 
@@ -370,7 +370,7 @@ def _scores(rt: LayerRuntime, q: Tensor, start: int, stop: int, index: Tensor | 
 @torch.autocast("cuda", enabled=False)
 def _block_queries(rt: LayerRuntime, q: Tensor, prompt: int) -> Tensor | None:
     """Projected queries of the call's first rows, [batch, heads, prompt, rank]; None in a shared layer."""
-    return rt.indexer.queries(_as_selector_sees(rt, q)[:, :, :prompt]) if rt.indexer is not None else None
+    return rt.indexer.queries(as_selector_sees(rt, q)[:, :, :prompt]) if rt.indexer is not None else None
 
 
 def _chosen_blocks(

@@ -97,23 +97,16 @@ class LocalStore:
         return torch.where(pos < sinks, pos, sinks + (pos - sinks) % size)
 
 
-class SparseLayer(CacheLayerMixin):
-    """One layer's cache. The attention function reads and writes it; ``update`` only passes the new tokens on."""
+class PlanLayer(CacheLayerMixin):
+    """What Transformers asks of a layer's cache under a plan. The attention function reads and writes it."""
 
-    def __init__(self, window: Window | None, min_context: int) -> None:
-        super().__init__()
-        self.length = 0
-        self.full_keys: Tensor | None = None
-        self.full_values: Tensor | None = None
-        self.index_keys: Tensor | None = None
-        self.dropped: Dropped | None = None  # by local query heads on full KV heads
-        self.local = LocalStore(window, min_context) if window else None
+    length: int  # columns seen, padding included
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: stores grow with the first tokens."""
+        """Nothing to prepare: stores are made with the first tokens."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values, unchanged."""
+        """The new keys and values, unchanged: they are only passed on."""
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -132,13 +125,6 @@ class SparseLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes resident: keys, values, index keys and sums as allocated."""
         return sum(getattr(owner, name).untyped_storage().nbytes() for owner, name in self._held())
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.length = 0
-        self.full_keys = self.full_values = self.index_keys = self.dropped = None
-        if self.local is not None:
-            self.local = LocalStore(self.local.window, self.local.min_context)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beams."""
@@ -160,6 +146,34 @@ class SparseLayer(CacheLayerMixin):
 
     def _held(self) -> list[tuple[Any, str]]:
         """Every tensor that is held, as its owner and its name there."""
+        raise NotImplementedError
+
+    def _map(self, change: Any) -> None:
+        for owner, name in self._held():
+            setattr(owner, name, change(getattr(owner, name)))
+
+
+class SparseLayer(PlanLayer):
+    """One layer's cache of the reference: it grows with every call."""
+
+    def __init__(self, window: Window | None, min_context: int) -> None:
+        super().__init__()
+        self.length = 0
+        self.full_keys: Tensor | None = None
+        self.full_values: Tensor | None = None
+        self.index_keys: Tensor | None = None
+        self.dropped: Dropped | None = None  # by local query heads on full KV heads
+        self.local = LocalStore(window, min_context) if window else None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0
+        self.full_keys = self.full_values = self.index_keys = self.dropped = None
+        if self.local is not None:
+            self.local = LocalStore(self.local.window, self.local.min_context)
+
+    def _held(self) -> list[tuple[Any, str]]:
+        """Every tensor that is held, as its owner and its name there."""
         owners: list[tuple[Any, tuple[str, ...]]] = [(self, ("full_keys", "full_values", "index_keys"))]
         if self.local is not None:
             owners.append((self.local, ("keys", "values", "pos")))
@@ -167,10 +181,6 @@ class SparseLayer(CacheLayerMixin):
             if dropped is not None:
                 owners.append((dropped, ("keys", "values", "upto")))
         return [(owner, name) for owner, names in owners for name in names if getattr(owner, name) is not None]
-
-    def _map(self, change: Any) -> None:
-        for owner, name in self._held():
-            setattr(owner, name, change(getattr(owner, name)))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from sparsec.errors import PlanError
 from sparsec.plan import Plan
 from sparsec.plugins import dsa
 from sparsec.plugins.attention import Step, layer_runtime, sparsec_attention
-from sparsec.plugins.cache import SparseLayer
+from sparsec.plugins.cache import PlanLayer, SparseLayer
 from sparsec.plugins.families import attention_modules, native_local_layers, shape_of
 from sparsec.plugins.kernels.support import Kernels, chosen
 from sparsec.plugins.selector import Indexer
@@ -221,7 +221,7 @@ def fill_cache(cache: Cache, plan: Plan, config: Any, *, kernels: bool = False) 
     Raises:
         ValueError: the cache was filled by a dense model, or is of a kind that cannot hold a plan's layers.
     """
-    if any(_ours(layer) for layer in cache.layers):
+    if any(isinstance(layer, PlanLayer) for layer in cache.layers):
         return cache
     if type(cache) is not DynamicCache or cache.offloading:
         raise ValueError(f"a plan needs the default cache, not {type(cache).__name__}: drop cache_implementation")
@@ -244,10 +244,6 @@ def _layer(plan: Plan, number: int, kernels: bool) -> Any:
     return KernelLayer(plan, number)
 
 
-def _ours(layer: Any) -> bool:
-    return isinstance(layer, SparseLayer) or type(layer).__name__ == "KernelLayer"
-
-
 def _filled(cache: Cache, decoder: Any, kernels: Kernels) -> Cache:
     """The cache with our layers, for the decoder's device and dtype."""
     first = next(decoder.parameters())
@@ -259,7 +255,7 @@ def kv_bytes(cache: Cache) -> int:
     """Bytes resident in a cache: keys, values (or latents) and index keys of all layers."""
     total = 0
     for layer in cache.layers:
-        if _ours(layer):
+        if isinstance(layer, PlanLayer):
             total += layer.nbytes
         elif layer.keys is not None:
             total += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
@@ -285,7 +281,7 @@ def _begin_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     cache = kwargs.get("past_key_values")
     if cache is None and kwargs.get("use_cache"):
         cache = kwargs["past_key_values"] = DynamicCache(config=config)
-    if cache is not None and plan.dsa is None and not any(_ours(layer) for layer in cache.layers):
+    if cache is not None and plan.dsa is None and not any(isinstance(layer, PlanLayer) for layer in cache.layers):
         _filled(cache, decoder, decoder.sparsec_kernels)  # type: ignore[arg-type]
     if kwargs.get("output_attentions"):
         raise ValueError("sparse attention has no dense attention weights to return: drop output_attentions")
@@ -313,7 +309,7 @@ def _note_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     runtime.rope = kwargs.get("position_embeddings")
     cache = kwargs.get("past_key_values")
     layer = cache.layers[runtime.number] if cache is not None else None
-    runtime.cache = layer if _ours(layer) else None
+    runtime.cache = layer if isinstance(layer, PlanLayer) else None
 
 
 __all__ = [

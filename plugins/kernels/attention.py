@@ -7,20 +7,15 @@ decode    append, window, [score, search], chosen, combine: six launches and mor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec.plan import Window
+from sparsec.plugins.attention import LayerRuntime, Step, as_selector_sees
 from sparsec.plugins.kernels import append, blocks, choose, decode
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
 from sparsec.plugins.kernels.window import window_prefill
-from sparsec.plugins.selector import unrotate
-
-if TYPE_CHECKING:
-    from sparsec.plugins.attention import LayerRuntime, Step
 
 SHARE = 256  # keys of a window a program, until MOST programs divide it
 MOST = 64
@@ -95,7 +90,7 @@ def _chosen_blocks(
     assert selector is not None
     queries = None
     if rt.indexer is not None:
-        queries = rt.indexer.queries(_as_selector_sees(rt, q[:, list(rt.layer.retrieval)])).contiguous()
+        queries = rt.indexer.queries(as_selector_sees(rt, q[:, list(rt.layer.retrieval)])).contiguous()
         step.kernel_lists[rt.number] = []
     source = step.kernel_lists[rt.plan.index_source(rt.number)]
     for place, (group, count) in enumerate(blocks.group_range(start, stop - start, selector.query_block)):
@@ -194,17 +189,7 @@ def _dense(
 def _index_keys(rt: LayerRuntime, k: Tensor) -> Tensor | None:
     if rt.indexer is None or rt.plan.selector is None:
         return None
-    return rt.indexer.keys(_as_selector_sees(rt, k)[:, _tables(rt, k).retrieval_kv_heads]).to(k.dtype)
-
-
-def _as_selector_sees(rt: LayerRuntime, x: Tensor) -> Tensor:
-    """x: [batch, heads, rows, head_dim], the call's rows."""
-    assert rt.plan.selector is not None
-    if rt.plan.selector.rope == "post":
-        return x
-    if rt.rope is None:
-        raise ValueError("the selector reads q and k before RoPE, but the model passed no position embeddings")
-    return unrotate(x, *(table[:, -x.shape[2] :] for table in rt.rope))
+    return rt.indexer.keys(as_selector_sees(rt, k)[:, _tables(rt, k).retrieval_kv_heads]).to(k.dtype)
 
 
 def _rank(rt: LayerRuntime) -> int:

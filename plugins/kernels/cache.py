@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from sparsec.plan import Plan, Window
+from sparsec.plugins.cache import PlanLayer
 from sparsec.plugins.kernels.decode import groups_of
 
 LEAST = 1024  # slots; more are taken in doubles
 
 
-class KernelLayer(CacheLayerMixin):
+class KernelLayer(PlanLayer):
     """Stores and tables of one layer. ``plan`` and ``number`` say which."""
 
     def __init__(self, plan: Plan, number: int) -> None:
@@ -38,13 +38,6 @@ class KernelLayer(CacheLayerMixin):
         self.length = self.slots = 0
         self.lengths: Tensor | None = None  # int32 [batch]
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Made in :meth:`prepare`, which knows what is coming."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values, unchanged: the attention function stores them."""
-        return key_states, value_states
-
     def prepare(self, k: Tensor, rank: int, more: int) -> None:
         """Room for ``more`` columns like k, [batch, KV heads, rows, head_dim]."""
         needed = self.length + more
@@ -52,8 +45,9 @@ class KernelLayer(CacheLayerMixin):
             batch, _, _, dim = k.shape
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
             shape = (batch, len(self.local_kv), self.sinks + self.ring, dim)
-            self.near = (k.new_zeros(shape), k.new_zeros(shape))
-            self.far = (k.new_zeros(batch, len(self.full_kv), 0, dim), k.new_zeros(batch, len(self.full_kv), 0, dim))
+            self.near_keys, self.near_values = k.new_zeros(shape), k.new_zeros(shape)
+            shape = (batch, len(self.full_kv), 0, dim)
+            self.far_keys, self.far_values = k.new_zeros(shape), k.new_zeros(shape)
             scored = len(self.plan.layers[self.number].retrieval) if rank else 0
             self.index = k.new_zeros(batch, scored, 0, max(1, rank))
         if needed > self.slots:
@@ -66,7 +60,8 @@ class KernelLayer(CacheLayerMixin):
         keep = self.slots
         self.slots = -(-slots // LEAST) * LEAST
         # One slot more: padding is written there.
-        self.far = (_grown(self.far[0], keep, self.slots + 1), _grown(self.far[1], keep, self.slots + 1))
+        self.far_keys = _grown(self.far_keys, keep, self.slots + 1)
+        self.far_values = _grown(self.far_values, keep, self.slots + 1)
         self.index = _grown(self.index, keep, self.slots + 1)
 
     def slot_of(self, token: Tensor) -> Tensor:
@@ -124,53 +119,24 @@ class KernelLayer(CacheLayerMixin):
             for store, new in zip(self.near, (k, v), strict=True):
                 store[b].index_copy_(1, slot[b, columns], new[b, :, columns])
 
-    def get_seq_length(self) -> int:
-        """Columns seen, padding included: what generate() counts."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks cover everything seen."""
-        return self.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes resident, as allocated."""
-        if self.lengths is None:
-            return 0
-        return sum(t.untyped_storage().nbytes() for t in (*self.near, *self.far, self.index))
-
     def reset(self) -> None:
         """Forget everything."""
         self.length = self.slots = 0
         self.lengths = None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows follow their beams."""
-        self.batch_select_indices(beam_idx)
+    def _held(self) -> list[tuple[Any, str]]:
+        names = ("lengths", "near_keys", "near_values", "far_keys", "far_values", "index")
+        return [(self, name) for name in names] if self.lengths is not None else []
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``, in that order."""
-        self._map(lambda t: t.index_select(0, indices.to(t.device)))
+    @property
+    def near(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of local KV heads."""
+        return self.near_keys, self.near_values
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
-        self._map(lambda t: t.repeat_interleave(repeats, 0))
-
-    def crop(self, max_length: int) -> None:
-        """Evicted tokens cannot come back."""
-        raise ValueError(
-            "a sparsec cache cannot be cropped, local heads have forgotten: run assisted decoding on the dense model"
-        )
-
-    def _map(self, change: Any) -> None:
-        if self.lengths is not None:
-            self.lengths, self.index = change(self.lengths), change(self.index)
-            self.near = (change(self.near[0]), change(self.near[1]))
-            self.far = (change(self.far[0]), change(self.far[1]))
+    @property
+    def far(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of full KV heads."""
+        return self.far_keys, self.far_values
 
 
 class Tables:
