@@ -83,7 +83,7 @@ def main() -> None:
         totals, edges = torch.zeros(1, RETRIEVAL), torch.zeros(1, RETRIEVAL, 2)
         choose.score(index, queries, ints(1), item, values, stats)
         sums = torch.zeros(2, 1, RETRIEVAL, choose.shares_of(items), 2 * choose.WAYS)
-        choose.search(values, ints(1), stats, selector, sums, torch.zeros(2, 1, RETRIEVAL, 3), totals, edges)
+        choose.search(values, ints(1), stats, selector, sums, torch.zeros(2, 1, RETRIEVAL, 4), totals, edges)
         decode.chosen_decode(
             one, far, far, ints(1), ints(RETRIEVAL, 16), ints(RETRIEVAL), values, totals, edges, ints(RETRIEVAL),
             selector, 0, scale, ints(1, RETRIEVAL, items // size, size), partial, lse,

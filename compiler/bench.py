@@ -11,7 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from sparsec.calibrate.corpus import Corpus, read_corpus
@@ -33,6 +34,8 @@ from sparsec.plugins.load import load
 from sparsec.plugins.runtime import indexer_tensors, install, kv_bytes, new_cache, uninstall, use_kernels
 
 CHUNK = 16384  # tokens of a prompt a forward: activations of a whole long prompt are gigabytes
+WHOLE = 131072  # up to here dense reads a prompt in one forward, which its kernels like best
+PLAIN = "sparsec_plain"  # dense attention without a mask, which would cost the fastest backends; for GPUs
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 REPEATS = 3  # prompts; the first one only warms up
 
@@ -113,6 +116,27 @@ def of_shape(
     ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
     stated = {"ratio": ratio, "window": window, "rate": rate, "prefill": prefill}
     return Subject(model, ids, {"shape": config.name, "random weights": True, **stated})
+
+
+def plain_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Causal attention of new rows over all keys by the backend at hand: no mask is made, no KV head copied.
+
+    Transformers' attention interface: query [batch, heads, rows, head_dim], key and value [batch, KV heads, keys,
+    head_dim]. Rows behind a filled cache run on flash attention, whose causal mask ends at the last key.
+    """
+    rows = query.shape[2]
+    if 1 < rows < key.shape[2]:
+        call = torch.ops.aten._scaled_dot_product_flash_attention
+        return call(query, key, value, 0.0, True, scale=scaling)[0].transpose(1, 2), None
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=rows > 1, scale=scaling, enable_gqa=True
+    )
+    return found.transpose(1, 2), None
+
+
+AttentionInterface.register(PLAIN, plain_attention)  # and no mask of that name, so that none is made
 
 
 def bench(
@@ -211,17 +235,21 @@ def _dense(model: Any, prompts: Tensor, tokens: int) -> dict[str, Any]:
     made = _dense_cache(model, room)
     if not prompts.is_cuda:
         return {"runs": "PyTorch SDPA"} | _timed(model, prompts, tokens, made, graphs=False)
-    found = {}
-    for name, backend in BACKENDS.items():
-        try:
-            with sdpa_kernel(backend):
-                found[name] = _timed(model, prompts, tokens, made, graphs=True)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            found.pop(name, None)
+    before, found = model.config._attn_implementation, {}
+    model.set_attn_implementation(PLAIN)
+    try:
+        for name, backend in BACKENDS.items():
+            try:
+                with sdpa_kernel(backend):
+                    found[name] = _timed(model, prompts, tokens, made, graphs=True, chunk=WHOLE)
+            except RuntimeError as error:  # a backend without a kernel for this shape says so
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                torch.cuda.synchronize()
+    finally:
+        model.set_attn_implementation(before)
     if not found:
-        return {"runs": "PyTorch SDPA"} | _timed(model, prompts, tokens, made, graphs=True)
+        raise SparsecError("no fast backend of PyTorch runs this model's attention: use --no-dense, or bfloat16")
     first = min(found, key=lambda name: found[name]["prefill_s"])
     step = min(found, key=lambda name: found[name]["step_s"])
     return {**found[step], "prefill_s": found[first]["prefill_s"], "runs": f"SDPA: prompt {first}, steps {step}"}
@@ -238,13 +266,15 @@ def _dense_cache(model: Any, room: int) -> Callable[[], Any]:
 
 
 @torch.no_grad()
-def _timed(model: Any, prompts: Tensor, tokens: int, make: Callable[[], Any], graphs: bool) -> dict[str, Any]:
+def _timed(
+    model: Any, prompts: Tensor, tokens: int, make: Callable[[], Any], graphs: bool, chunk: int = CHUNK
+) -> dict[str, Any]:
     """Seconds from the prompt to the first token and of a later step (medians), and bytes resident after the prompt."""
     prefill: list[float] = []
     for _ in range(REPEATS):
         cache = make()
         with _clock(prompts) as seconds:
-            token = _prompt(model, prompts, cache)
+            token = _prompt(model, prompts, cache, chunk)
         prefill.append(seconds())
     resident = _resident(cache)
     steps: list[float] = []
@@ -262,10 +292,10 @@ def _timed(model: Any, prompts: Tensor, tokens: int, make: Callable[[], Any], gr
     }
 
 
-def _prompt(model: Any, prompts: Tensor, cache: Any) -> Tensor:
+def _prompt(model: Any, prompts: Tensor, cache: Any, chunk: int) -> Tensor:
     """The prompt in chunks; the first token after it, [batch, 1]."""
     logits = None
-    for part in torch.split(prompts, CHUNK, dim=1):
+    for part in torch.split(prompts, chunk if prompts.shape[1] <= chunk else CHUNK, dim=1):
         logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     assert logits is not None
     token: Tensor = logits.argmax(-1)
@@ -277,7 +307,9 @@ def _stepper(model: Any, cache: Any, token: Tensor, room: int, graphs: bool) -> 
     if graphs and not isinstance(cache.layers[0], DenseLayer):
         from sparsec.plugins.kernels.graph import DecodeGraph
 
-        return DecodeGraph(model, cache, token, room)
+        with suppress(ValueError):  # what cannot be captured is called step by step
+            return DecodeGraph(model, cache, token, room)
+        graphs = False
 
     def once() -> None:
         token.copy_(model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1))

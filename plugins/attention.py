@@ -9,6 +9,7 @@ several decode rows is the row-exact simulation of as many decode steps. Only qu
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -178,17 +179,26 @@ def _on_kernels(
     if step.observe is not None or step.observe_prefill is not None or (step.decode and rows > 1):
         raise ValueError("kernels run one decode row at a time, unobserved: new_cache(model, kernels='reference')")
     out = torch.empty(q.shape[0], rows, *q.shape[1::2], dtype=q.dtype, device=q.device).transpose(1, 2)
-    if step.decode:
-        kernels.decode_step(rt, step, q, k, v, scale, out)
-        return out.transpose(1, 2)
+    # Triton launches on the current device, which is not the layer's where a model is spread over several.
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        if step.decode:
+            kernels.decode_step(rt, step, q, k, v, scale, out)
+        else:
+            _number(step, cache, q, mask)
+            assert step.positions is not None
+            kernels.prefill(rt, step, q, k, v, step.positions.to(q.device), bool(step.padded), scale, out)
+    return out.transpose(1, 2)
+
+
+def _number(step: Step, cache: KernelLayer, q: Tensor, mask: Tensor | None) -> None:
+    """Token numbers of the call, once for all layers."""
+    rows = q.shape[2]
     if step.positions is None:
         step.positions = token_numbers(mask, q.shape[0], cache.length + rows, q.device)
         step.padded = mask is not None and bool((step.positions < 0).any())
         new = step.positions[:, cache.length :]
         if cache.length and step.padded and bool((new[:, 0] < 0).any()):
             raise ValueError("the kernels' cache takes padding on the left of the first call only: pad on the right")
-    kernels.prefill(rt, step, q, k, v, step.positions.to(q.device), bool(step.padded), scale, out)
-    return out.transpose(1, 2)
 
 
 def token_numbers(mask: Tensor | None, batch: int, total: int, device: torch.device) -> Tensor:

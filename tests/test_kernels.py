@@ -148,8 +148,10 @@ def test_a_decode_step(name: str) -> None:
     totals, edges = (torch.full((batch, len(RETRIEVAL), *more), float("nan"), device=DEVICE) for more in ((), (2,)))
     choose.score(index, queries, lengths, item, values, stats)
     if case.selector.top_p < 1:
-        sums = torch.full((2, batch, len(RETRIEVAL), choose.shares_of(items), 128), float("nan"), device=DEVICE)
-        states = torch.full((2, batch, len(RETRIEVAL), 3), float("nan"), device=DEVICE)
+        sums = torch.full(
+            (2, batch, len(RETRIEVAL), choose.shares_of(items), 2 * choose.WAYS), float("nan"), device=DEVICE
+        )
+        states = torch.full((2, batch, len(RETRIEVAL), 4), float("nan"), device=DEVICE)
         choose.search(values, lengths, stats, case.selector, sums, states, totals, edges)
 
     def by_kv(heads: list[int]) -> tuple[Tensor, Tensor]:
@@ -211,8 +213,8 @@ def test_groups_choose_the_blocks_that_the_reference_chooses(
     assert groups is not None
     scores = queries @ index[:, :, : past + rows].transpose(2, 3)
     true = choose_blocks(scores, numbers, groups, q_pos, k_pos, how)
-    group, count = blocks.group_range(past, rows, how.query_block)[0]
-    assert count == groups.count
+    group, count = blocks.group_range(past, rows, 6, how)[0]
+    count = min(count, groups.count)
     found = blocks.choose_lists(queries, index, ints(past, past), group, count, past + rows, how, 0)
     for b in range(2):
         for line in range(true.shape[1]):

@@ -61,7 +61,7 @@ def _append(
             _copy(from_k, near_k + at, d, wide)
             _copy(from_v, near_v + at, d, wide)
     else:
-        h = task - kv_heads
+        h = (task - kv_heads).to(tl.int64)
         r = tl.arange(0, BLOCK_R)
         head, kv = tl.load(retrieval + h), tl.load(retrieval_kv + h)
         c, s = cos + b * rope_batch, sin + b * rope_batch

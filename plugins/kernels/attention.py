@@ -20,7 +20,7 @@ from sparsec.plugins.kernels.window import window_prefill
 SHARE = 256  # keys of a window a program, until MOST programs divide it
 MOST = 64
 ALL = 1 << 30  # a window that never ends
-RANGE = {"token": 1024, "block": 64}  # items a program of chosen attention
+RANGES = 256  # programs that divide what a retrieval head keeps, about
 
 
 def prefill(
@@ -91,9 +91,11 @@ def _chosen_blocks(
     queries = None
     if rt.indexer is not None:
         queries = rt.indexer.queries(as_selector_sees(rt, q[:, list(rt.layer.retrieval)])).contiguous()
-        step.kernel_lists[rt.number] = []
+        step.kernel_lists = {rt.number: []}  # shared layers read the nearest full one alone
     source = step.kernel_lists[rt.plan.index_source(rt.number)]
-    for place, (group, count) in enumerate(blocks.group_range(start, stop - start, selector.query_block)):
+    for place, (group, count) in enumerate(
+        blocks.group_range(start, stop - start, len(q) * len(rt.layer.retrieval), selector)
+    ):
         if queries is not None:
             source.append(blocks.choose_lists(queries, cache.index, first, group, count, stop, selector, least))
         blocks.block_prefill(
@@ -112,7 +114,7 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
     indexed = rt.layer.index != "none" and plan.selector is not None
     item = plan.selector.block if plan.selector is not None and plan.selector.granularity == "block" else 1
     items = -(-cache.slots // item)
-    size = RANGE[plan.selector.granularity] if plan.selector is not None else 1
+    size = _range(items, item)
     ranges = -(-items // size) if indexed else -(-cache.slots // 1024)
     shares = min(MOST, -(-(cache.sinks + cache.ring) // SHARE))
     most = max(shares, ranges)
@@ -139,7 +141,7 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
         source = plan.index_source(rt.number)
         if rt.layer.index == "full":
             found = _chosen(rt, cache, queries, item, items)
-            step.kernel_sets[rt.number] = found
+            step.kernel_sets = {rt.number: found}  # shared layers read the nearest full one alone
         values, totals, edges = step.kernel_sets[source]
         lists = torch.empty(batch, len(tables.sets), ranges, size, dtype=torch.int32, device=q.device)
         decode.chosen_decode(
@@ -169,21 +171,25 @@ def _chosen(
     totals, edges = queries.new_empty(batch, scored), queries.new_empty(batch, scored, 2)
     if selector.top_p < 1:
         sums = queries.new_empty(2, batch, scored, choose.shares_of(items), 2 * choose.WAYS)
-        choose.search(values, lengths, stats, selector, sums, queries.new_empty(2, batch, scored, 3), totals, edges)
+        choose.search(values, lengths, stats, selector, sums, queries.new_empty(2, batch, scored, 4), totals, edges)
     return values, totals, edges
 
 
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...], kv_heads: list[int], scale: float, out: Tensor
 ) -> None:
-    """A whole prompt, causal, by PyTorch's kernels; heads of one KV head together, so that it is not copied."""
-    by: dict[int, list[int]] = {}
-    for head, kv in zip(heads, kv_heads, strict=True):
-        by.setdefault(kv, []).append(head)
-    for kv, own in by.items():
-        shape = (-1, len(own), -1, -1)
-        keys, values = k[:, kv : kv + 1].expand(shape), v[:, kv : kv + 1].expand(shape)
-        out[:, own] = F.scaled_dot_product_attention(q[:, own], keys, values, is_causal=q.shape[2] > 1, scale=scale)
+    """A whole first chunk, causal, by PyTorch's kernels: few heads fill a GPU only together, so K and V are copied."""
+    own = list(heads)
+    found = F.scaled_dot_product_attention(
+        q[:, own], k[:, kv_heads], v[:, kv_heads], is_causal=q.shape[2] > 1, scale=scale
+    )
+    out[:, own] = found
+
+
+def _range(items: int, item: int) -> int:
+    """Items a program of chosen attention: 512 to 4,096 tokens, 16 to 64 blocks."""
+    least, most = (512, 4096) if item == 1 else (16, 64)
+    return min(most, max(least, 1 << max(0, (items // RANGES - 1).bit_length())))
 
 
 def _index_keys(rt: LayerRuntime, k: Tensor) -> Tensor | None:

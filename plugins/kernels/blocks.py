@@ -23,8 +23,8 @@ from sparsec.plugins.kernels.choose import PASSES, WAYS, _above, _digits
 from sparsec.plugins.kernels.flash import fold
 from sparsec.plugins.selector import TIE
 
-GROUPS = 32  # of query rows at a time
-WIDE = 256  # keys a scoring program
+HELD = 1 << 28  # bytes of log-sums at a time
+WIDE = 8192  # query rows x keys a scoring program
 EMPTY = tl.constexpr(-3.0e38)  # log of no mass; finite, so that differences stay numbers
 
 
@@ -106,18 +106,33 @@ def _group_edges(
         inside = (block < here)[None, :] & (block[None, :] * ITEM <= t[:, None]) & chooses[:, None]
         value = tl.load(at + block[None, :], mask=inside, other=EMPTY)
         mass = tl.sum(tl.where(inside, tl.exp(value - lse[:, None]), 0.0), 0) / tl.maximum(count, 1)
-        value = tl.where(mass > 0.0, tl.log(tl.maximum(mass, 1e-37)), -104.0)
+        value = tl.where(mass > 0.0, tl.maximum(tl.log(tl.maximum(mass, 1e-37)), -99.0), -100.0)
         tl.store(masses + line * blocks + block, value, mask=block < here)
         low = tl.minimum(low, tl.where(block < here, value, float("inf")))
         high = tl.maximum(high, tl.where(block < here, value, float("-inf")))
     tl.debug_barrier()  # masses are written and read by different threads of this program
-    edge = tl.maximum(tl.min(low, 0), -104.0) - 1e-3
+    edge = tl.min(low, 0) - 1e-3
     edge_far = edge
     step = (tl.max(high, 0) - edge) / WAYS
     recent = oldest - RECENT + 1
     for _ in tl.range(0, tl.where(here > 0, PASSES, 0)):
         mass, number = _above(
-            masses, line, blocks, newest + 1, recent, 0, here, 0.0, edge, edge_far, step, SINKS, ITEM, TILE, WAYS
+            masses,
+            line,
+            blocks,
+            newest + 1,
+            recent,
+            0,
+            here,
+            0.0,
+            edge,
+            edge_far,
+            step,
+            SINKS,
+            MIN_KEEP,
+            ITEM,
+            TILE,
+            WAYS,
         )
         digit, digit_far = _digits(mass, number, P, MIN_KEEP, WAYS)
         edge += digit * step
@@ -155,7 +170,7 @@ def _group_lists(
                 value = tl.load(masses + line * blocks + block, mask=block < here, other=float("-inf"))
                 keep = keep | (value >= tl.load(edges + line * 2) - SLACK)
                 if MIN_KEEP > 0:
-                    keep = keep | ((value >= tl.load(edges + line * 2 + 1) - SLACK) & (value > -103.9))
+                    keep = keep | ((value >= tl.load(edges + line * 2 + 1) - SLACK) & (value > -99.9))
         keep = keep & (block < here)
         place = count + tl.cumsum(keep.to(tl.int32), 0) - 1
         tl.store(lists + mine * blocks + place, block, mask=keep)
@@ -197,7 +212,7 @@ def _block_prefill(
         at = n.to(tl.int64)
         keys = tl.load(k_at + at[None, :] * k_row, mask=wide[:, None] & inside[None, :], other=0.0)
         values = tl.load(v_at + at[:, None] * v_row, mask=inside[:, None] & wide[None, :], other=0.0)
-        s = tl.where(seen, tl.dot(query, keys), float("-inf"))
+        s = tl.where(seen, tl.dot(query, keys, input_precision="tf32x3"), float("-inf"))
         acc, total, top = fold(acc, total, top, s, values, SCALE)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     o_at = out + b * o_batch + head * o_head + row[:, None].to(tl.int64) * o_row + d[None, :]
@@ -213,10 +228,20 @@ class Lists:
     counts: Tensor
 
 
-def group_range(first: int, rows: int, query_block: int) -> list[tuple[int, int]]:
-    """Groups that tokens ``first`` .. first + rows - 1 stand in, some at a time: (first one, how many)."""
-    start, stop = max(0, first) // query_block, (first + rows - 1) // query_block + 1
-    return [(group, min(GROUPS, stop - group)) for group in range(start, stop, GROUPS)]
+def group_range(first: int, rows: int, lines: int, selector: Selector) -> list[tuple[int, int]]:
+    """Groups that tokens ``first`` .. first + rows - 1 stand in, some at a time: (first one, how many).
+
+    lines: sequences x scored heads.
+    """
+    start, stop = max(0, first) // selector.query_block, (first + rows - 1) // selector.query_block + 1
+    each = 4 * lines * _rows(selector) * triton.cdiv(first + rows, selector.block)
+    step = max(16, HELD // each)
+    return [(group, min(step, stop - group)) for group in range(start, stop, step)]
+
+
+def _rows(selector: Selector) -> int:
+    """Rows of a program's tile: a group's, rounded up to what the tensor cores take."""
+    return max(16, int(triton.next_power_of_2(selector.query_block)))
 
 
 def choose_lists(
@@ -233,10 +258,10 @@ def choose_lists(
     """
     batch, scored, rows, rank = queries.shape
     item = selector.block
-    blocks, size = triton.cdiv(tokens, item), max(16, triton.next_power_of_2(selector.query_block))
+    blocks, size = triton.cdiv(tokens, item), _rows(selector)
     union = selector.scope == "layer"
     every = selector.top_p >= 1
-    wide = max(WIDE, item)
+    wide = max(WIDE // size, item)
     masses, edges = queries.new_empty(batch, scored, groups, blocks), queries.new_empty(batch, scored, groups, 2)
     shape = {"MIN_CONTEXT": min_context, "ROWS": selector.query_block, "BLOCK_M": size, "ITEM": item}
     forced = {"SINKS": selector.sinks, "RECENT": max(1, selector.recent), "MIN_KEEP": -(-selector.min_keep // item)}
@@ -274,10 +299,11 @@ def block_prefill(
     batch, _, rows, dim = q.shape
     _, all_sets, groups, blocks = chosen.lists.shape
     block_d = triton.next_power_of_2(dim)
+    # With fewer than three stages Triton does not pipeline loads through a list.
     _block_prefill[groups, len(heads), batch](
         q, k, v, heads, kv_heads, sets, first, chosen.lists, chosen.counts, chosen.group, rows, blocks, all_sets,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], out,
         SCALE=scale * math.log2(math.e), MIN_CONTEXT=min_context, ROWS=selector.query_block,
-        BLOCK_M=max(16, triton.next_power_of_2(selector.query_block)), ITEM=selector.block,
-        DIM=dim, BLOCK_D=block_d, BLOCK_N=64 if block_d <= 128 else 32, num_warps=4, num_stages=2,
+        BLOCK_M=_rows(selector), ITEM=selector.block,
+        DIM=dim, BLOCK_D=block_d, BLOCK_N=64 if block_d <= 128 else 32, num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """The selector in decode: scores of one row from the low-rank keys, and the edge down to which items are kept.
 
 An item is a token, or a block of tokens whose value is the log of its summed weights; weights are exp(value - total).
-Where :func:`sparsec.plugins.selector.select` sorts, the edge is searched for here: the summed weight above 64 candidate
-edges at once narrows an interval of scores 64-fold a pass, four passes are finer than the ties that the reference
+Where :func:`sparsec.plugins.selector.select` sorts, the edge is searched for here: the summed weight above 32 candidate
+edges at once narrows an interval of scores 32-fold a pass, four passes are finer than the ties that the reference
 does not tell apart. Nothing depends on the order in which programs run.
 """
 # ruff: noqa: SIM102, PLR5501  (a condition on a constant and one on a run-time value cannot be one condition in Triton)
@@ -17,9 +17,9 @@ from sparsec.plan import Selector
 from sparsec.plugins.selector import TIE
 
 CHUNK = 1024  # tokens a scoring program
-WAYS = 64
+WAYS = 32
 PASSES = 4
-HELD = 2048  # items a search program
+HELD, SHARES = 2048, 64  # items a search program, until so many programs divide a head's items
 
 
 @triton.jit
@@ -75,8 +75,8 @@ def _start(stats, row, chunks, STEP: tl.constexpr):
         part = tl.load(at, mask=start + i < chunks, other=float("-inf"))
         total += tl.exp(part - highest)
     lse = highest + tl.log(tl.sum(total, 0))
-    # Below lse - 104 a weight is zero in float32. The margin keeps the smallest item above the interval's low end.
-    lowest = tl.maximum(tl.min(low, 0), lse - 104.0)
+    # A weight below exp(-100) is nothing to float32. The margin keeps the smallest item above the interval's low end.
+    lowest = tl.maximum(tl.min(low, 0), lse - 100.0)
     lowest = lowest - 1e-3
     return lse, lowest, highest - lowest
 
@@ -84,7 +84,7 @@ def _start(stats, row, chunks, STEP: tl.constexpr):
 @triton.jit
 def _above(
     values, row, items, n, recent, start, stop, lse, low, low_far, step,
-    SINKS: tl.constexpr, ITEM: tl.constexpr, TILE: tl.constexpr, WAYS: tl.constexpr,
+    SINKS: tl.constexpr, MIN_KEEP: tl.constexpr, ITEM: tl.constexpr, TILE: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
     """Of the items start .. stop - 1 above each candidate edge: their weight, and how many are not forced.
 
@@ -92,19 +92,20 @@ def _above(
     """
     j = tl.arange(0, WAYS)
     edge, edge_far = low + step * j, low_far + step * j
-    mass = tl.zeros([WAYS], tl.float32)
-    number = tl.zeros([WAYS], tl.float32)
+    mass = tl.zeros([TILE, WAYS], tl.float32)
+    number = tl.zeros([TILE, WAYS], tl.float32)
     for first in tl.range(start, stop, TILE):
         item = first + tl.arange(0, TILE)
         begin = item * ITEM
         there = (item < stop) & (begin < n)
         value = tl.load(values + row * items + item, mask=there, other=float("-inf"))
         weight = tl.exp(value - lse)
-        forced = (begin < SINKS) | (begin + ITEM > recent)
-        far = tl.where(there & (forced == 0) & (weight > 0.0), 1.0, 0.0)
-        mass += tl.sum(tl.where(value[:, None] > edge[None, :], weight[:, None], 0.0), 0)
-        number += tl.sum(tl.where(value[:, None] > edge_far[None, :], far[:, None], 0.0), 0)
-    return mass, number
+        mass += tl.where(value[:, None] > edge[None, :], weight[:, None], 0.0)
+        if MIN_KEEP > 0:
+            forced = (begin < SINKS) | (begin + ITEM > recent)
+            far = tl.where(there & (forced == 0) & (weight > 0.0), 1.0, 0.0)
+            number += tl.where(value[:, None] > edge_far[None, :], far[:, None], 0.0)
+    return tl.sum(mass, 0), tl.sum(number, 0)
 
 
 @triton.jit
@@ -118,11 +119,11 @@ def _digits(mass, number, P: tl.constexpr, MIN_KEEP: tl.constexpr, WAYS: tl.cons
 
 @triton.jit(do_not_specialize=["pass_number"])
 def _search(
-    values, lengths, stats, before, state, pass_number, scored, items, chunks,
+    values, lengths, stats, before, state, pass_number, scored, items, chunks, shares,
     sums, after, totals, edges,
     P: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, ITEM: tl.constexpr,
     HELD: tl.constexpr, TILE: tl.constexpr, WAYS: tl.constexpr, PASSES: tl.constexpr, ALONE: tl.constexpr,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Program (share of the items, scored head, sequence): one pass, or all of them where a share is all (ALONE).
 
@@ -133,22 +134,19 @@ def _search(
     share, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tl.load(lengths + b) + 1
     row = (b * scored + h).to(tl.int64)
-    shares = tl.num_programs(0)
     j = tl.arange(0, WAYS)
     lse, low, width = _start(stats, row, chunks, STEP)
     low_far = low
     step = width / WAYS
     if not ALONE:
         if pass_number > 0:
-            low = tl.load(state + row * 3)
-            low_far = tl.load(state + row * 3 + 1)
-            step = tl.load(state + row * 3 + 2)
-            mass = tl.zeros([WAYS], tl.float32)
-            number = tl.zeros([WAYS], tl.float32)
-            for other in tl.range(0, shares):
-                at = before + (row * shares + other) * 2 * WAYS + j
-                mass += tl.load(at)
-                number += tl.load(at + WAYS)
+            low = tl.load(state + row * 4)
+            low_far = tl.load(state + row * 4 + 1)
+            step = tl.load(state + row * 4 + 2)
+            other = tl.arange(0, SHARES)
+            at = before + (row * shares + other[:, None]) * 2 * WAYS + j[None, :]
+            mass = tl.sum(tl.load(at, mask=(other < shares)[:, None], other=0.0), 0)
+            number = tl.sum(tl.load(at + WAYS, mask=(other < shares)[:, None], other=0.0), 0)
             digit, digit_far = _digits(mass, number, P, MIN_KEEP, WAYS)
             low += digit * step
             low_far += digit_far * step
@@ -158,7 +156,22 @@ def _search(
     if ALONE:
         for _ in tl.range(0, PASSES):
             mass, number = _above(
-                values, row, items, n, n - RECENT, start, stop, lse, low, low_far, step, SINKS, ITEM, TILE, WAYS
+                values,
+                row,
+                items,
+                n,
+                n - RECENT,
+                start,
+                stop,
+                lse,
+                low,
+                low_far,
+                step,
+                SINKS,
+                MIN_KEEP,
+                ITEM,
+                TILE,
+                WAYS,
             )
             digit, digit_far = _digits(mass, number, P, MIN_KEEP, WAYS)
             low += digit * step
@@ -167,15 +180,30 @@ def _search(
     else:
         if pass_number < PASSES:
             mass, number = _above(
-                values, row, items, n, n - RECENT, start, stop, lse, low, low_far, step, SINKS, ITEM, TILE, WAYS
+                values,
+                row,
+                items,
+                n,
+                n - RECENT,
+                start,
+                stop,
+                lse,
+                low,
+                low_far,
+                step,
+                SINKS,
+                MIN_KEEP,
+                ITEM,
+                TILE,
+                WAYS,
             )
             at = sums + (row * shares + share) * 2 * WAYS + j
             tl.store(at, mass)
             tl.store(at + WAYS, number)
             if share == 0:
-                tl.store(after + row * 3, low)
-                tl.store(after + row * 3 + 1, low_far)
-                tl.store(after + row * 3 + 2, step)
+                tl.store(after + row * 4, low)
+                tl.store(after + row * 4 + 1, low_far)
+                tl.store(after + row * 4 + 2, step)
     if share == 0:
         tl.store(totals + row, lse)
         tl.store(edges + row * 2, low)
@@ -207,7 +235,7 @@ def search(
 
     Args:
         values, stats: of :func:`score`.
-        sums: float32 [2, batch, scored heads, shares, 2 x 64] and states: float32 [2, batch, scored heads, 3], scratch.
+        sums, states: scratch, float32 [2, batch, scored heads, shares, 2 x WAYS] and [2, batch, scored heads, 4].
         totals: float32 [batch, scored heads], the log of all weights.
         edges: float32 [batch, scored heads, 2]: of the top-p set, and of the ``min_keep`` largest that are not forced.
     """
@@ -217,18 +245,24 @@ def search(
     item = selector.block if selector.granularity == "block" else 1
     for number in range(1 if alone else PASSES + 1):
         old, new = (number + 1) % 2, number % 2
-        _search[shares, scored, batch](
-            values, lengths, stats, sums[old], states[old], number, scored, items, stats.shape[2],
+        programs = shares if number < PASSES else 1  # the last one only reads what the others left
+        _search[programs, scored, batch](
+            values, lengths, stats, sums[old], states[old], number, scored, items, stats.shape[2], shares,
             sums[new], states[new], totals, edges,
             P=selector.top_p, SINKS=selector.sinks, RECENT=selector.recent,
             MIN_KEEP=-(-selector.min_keep // item), ITEM=item,
-            HELD=HELD, TILE=128, WAYS=WAYS, PASSES=PASSES, ALONE=alone, STEP=64, num_warps=4,
+            HELD=_held(items), TILE=128, WAYS=WAYS, PASSES=PASSES, ALONE=alone,
+            STEP=min(1024, triton.next_power_of_2(stats.shape[2])), SHARES=triton.next_power_of_2(shares), num_warps=8,
         )  # fmt: skip
 
 
 def shares_of(items: int) -> int:
     """Programs that divide the items of one head."""
-    return triton.cdiv(items, HELD)
+    return triton.cdiv(items, _held(items))
 
 
-assert 105 / WAYS**PASSES < TIE, "the search is coarser than what counts as a tie"
+def _held(items: int) -> int:
+    return HELD * triton.cdiv(items, HELD * SHARES)
+
+
+assert 100.1 / WAYS**PASSES < TIE, "the search is coarser than what counts as a tie"

@@ -38,7 +38,7 @@ def _tile(acc, total, top, query, k_at, v_at, slot, valid, k_row, v_row, wide, S
     slot = slot.to(tl.int64)
     k = tl.load(k_at + slot[None, :] * k_row, mask=wide[:, None] & valid[None, :], other=0.0)
     v = tl.load(v_at + slot[:, None] * v_row, mask=valid[:, None] & wide[None, :], other=0.0)
-    s = tl.where(valid[None, :], tl.dot(query, k), float("-inf"))
+    s = tl.where(valid[None, :], tl.dot(query, k, input_precision="tf32x3"), float("-inf"))
     return fold(acc, total, top, s, v, SCALE)
 
 
@@ -55,12 +55,12 @@ def _leave(acc, total, top, head, b, share, layer_heads, most, d, wide, partial,
 @triton.jit
 def _window_decode(
     q, k, v, lengths, heads, kv_heads,
-    q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, layer_heads, shares, most, ring,
+    q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, layer_heads, shares, most,
     partial, lse,
-    SCALE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MIN_CONTEXT: tl.constexpr,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MIN_CONTEXT: tl.constexpr, RING: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (share of the keys, group, sequence). ``ring`` 0: slots are token numbers."""
+    """Program (share of the keys, group, sequence). RING 0: slots are token numbers."""
     share, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tl.load(lengths + b) + 1
     kv = tl.load(kv_heads + group).to(tl.int64)
@@ -81,8 +81,8 @@ def _window_decode(
         i = at + tl.arange(0, BLOCK_N)
         token = tl.where(i < straight, i, n - count + i)
         slot = token
-        if ring > 0:
-            slot = tl.where(token < SINKS, token, SINKS + (token - SINKS) % ring)
+        if RING > 0:
+            slot = tl.where(token < SINKS, token, SINKS + (token - SINKS) % RING)
         acc, total, top = _tile(acc, total, top, query, k_at, v_at, slot, i < stop, k_row, v_row, wide, SCALE)
     _leave(acc, total, top, head, b, share, layer_heads, most, d, wide, partial, lse, DIM)
 
@@ -132,16 +132,19 @@ def _chosen_decode(
     top = tl.full([16], float("-inf"), tl.float32)
     for at in tl.range(0, count, BLOCK_N):
         i = at + tl.arange(0, BLOCK_N)
-        slot = tl.load(mine + i // ITEM, mask=i < count, other=0) * ITEM + i % ITEM
+        if ITEM % BLOCK_N == 0:  # one block holds the tile: its keys lie side by side
+            slot = tl.load(mine + at // ITEM) * ITEM + at % ITEM + tl.arange(0, BLOCK_N)
+        else:
+            slot = tl.load(mine + i // ITEM, mask=i < count, other=0) * ITEM + i % ITEM
         valid = (i < count) & (slot < n)
         acc, total, top = _tile(acc, total, top, query, k_at, v_at, slot, valid, k_row, v_row, wide, SCALE)
     _leave(acc, total, top, head, b, share, layer_heads, most, d, wide, partial, lse, DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count_it"])
 def _combine(
-    partial, lse, shares, most, layer_heads, o_batch, o_head, out, lengths,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr,
+    partial, lse, shares, most, layer_heads, o_batch, o_head, count_it, out, lengths,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Program (query head, sequence): the weighted mean of its shares; the layer's last kernel counts the new token."""
     head, b = tl.program_id(0), tl.program_id(1)
@@ -164,8 +167,7 @@ def _combine(
         total += weight
     at = out + b.to(tl.int64) * o_batch + head.to(tl.int64) * o_head + d
     tl.store(at, (acc / tl.sum(total, 0)).to(out.dtype.element_ty), mask=d < DIM)
-    if COUNT and (head == 0):
-        tl.store(lengths + b, tl.load(lengths + b) + 1)
+    tl.store(lengths + b, tl.load(lengths + b) + 1, mask=(head == 0) & (count_it != 0))
 
 
 def window_decode(
@@ -197,10 +199,10 @@ def window_decode(
     batch, layer_heads, _, dim = q.shape
     _window_decode[shares, len(heads), batch](
         q, k, v, lengths, heads, kv_heads,
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], layer_heads, shares, lse.shape[2], ring,
+        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], layer_heads, shares, lse.shape[2],
         partial, lse,
         SCALE=scale * math.log2(math.e), WINDOW=window.size, SINKS=window.sinks, MIN_CONTEXT=min_context,
-        DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_N=KEYS, num_warps=4, num_stages=3,
+        RING=ring, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_N=KEYS, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
@@ -252,9 +254,8 @@ def combine(partial: Tensor, lse: Tensor, shares: Tensor, out: Tensor, lengths: 
     """
     batch, heads, most, dim = partial.shape
     _combine[heads, batch](
-        partial, lse, shares, most, heads, *out.stride()[:2], out, lengths,
-        DIM=dim, BLOCK_D=triton.next_power_of_2(dim), STEP=min(64, triton.next_power_of_2(most)), COUNT=count,
-        num_warps=4,
+        partial, lse, shares, most, heads, *out.stride()[:2], int(count), out, lengths,
+        DIM=dim, BLOCK_D=triton.next_power_of_2(dim), STEP=min(64, triton.next_power_of_2(most)), num_warps=4,
     )  # fmt: skip
 
 

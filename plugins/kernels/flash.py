@@ -20,5 +20,5 @@ def fold(acc, total, top, s, v, SCALE: tl.constexpr):
     shift = tl.where(higher == float("-inf"), 0.0, higher)
     p = tl.exp2(s * SCALE - shift[:, None])
     fade = tl.exp2(top - shift)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="tf32x3")  # concerns float32 alone
     return acc, total * fade + tl.sum(p, 1), higher

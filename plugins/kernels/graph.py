@@ -20,6 +20,8 @@ from sparsec.plugins.attention import Step
 from sparsec.plugins.kernels.cache import KernelLayer
 from sparsec.plugins.runtime import stepping
 
+WAITING = ("longrope", "dynamic")
+
 
 class DecodeGraph:
     """Greedy steps of a model with a plan on its kernels.
@@ -31,7 +33,7 @@ class DecodeGraph:
         room: steps that may follow; the cache is made large enough first, since a captured graph cannot grow it.
 
     Raises:
-        ValueError: the cache is another kind of cache, or empty.
+        ValueError: the cache is another kind of cache, or empty; or the model cannot be captured.
     """
 
     def __init__(self, model: Any, cache: Any, token: Tensor, room: int) -> None:
@@ -43,19 +45,25 @@ class DecodeGraph:
         lengths = self.layers[0].lengths
         assert lengths is not None
         self.model, self.cache, self.left = model, cache, room
+        rope = str((getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default"))
+        if token.is_cuda and rope in WAITING:
+            raise ValueError(f"{rope} rotary embeddings wait for the device in every step, which a graph cannot do")
         self.token, self.position = token.clone(), lengths[:, None].long().clone()
         for layer in self.layers:
             layer.reserve(layer.length + room)
+        self.seen = self._state()
         self.graph = self._captured() if token.is_cuda else None
 
     def __call__(self) -> Tensor:
         """One step: the token after the last one, int64 [batch, 1]; the same tensor every time.
 
         Raises:
-            ValueError: there is no room left.
+            ValueError: there is no room left, or something else has used the cache.
         """
         if not self.left:
             raise ValueError("the cache is full: make a DecodeGraph with more room")
+        if self.seen != self._state():
+            raise ValueError("the cache was used or changed by something else: make a new DecodeGraph")
         self.left -= 1
         if self.graph is None:
             self._step(commit=True)
@@ -63,7 +71,12 @@ class DecodeGraph:
             self.graph.replay()
             for layer in self.layers:
                 layer.length += 1
+        self.seen = self._state()
         return self.token
+
+    def _state(self) -> list[tuple[int, int]]:
+        """What a captured graph relies on: where each layer's stores lie, and how many tokens they hold."""
+        return [(layer.far_keys.data_ptr() or layer.near_keys.data_ptr(), layer.length) for layer in self.layers]
 
     @torch.no_grad()
     def _step(self, *, commit: bool) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # asked of plans where no PyTorch is needed otherwise
 
 Kernels = Literal["auto", "triton", "reference"]
 LEAST_TRITON = (3, 4)
-LARGEST_HEAD, LARGEST_BLOCK, LARGEST_GROUP = 256, 1024, 128
+LARGEST_HEAD, LARGEST_BLOCK, LARGEST_GROUP = 256, 256, 128
 DTYPES = ("bfloat16", "float16", "float32")
 
 log = logging.getLogger("sparsec")

@@ -30,7 +30,7 @@ def _seen(
     inside = (at >= 0) & (at < columns)
     k = tl.load(k_at + at[None, :].to(tl.int64) * k_row, mask=wide[:, None] & inside[None, :], other=0.0)
     v = tl.load(v_at + at[:, None].to(tl.int64) * v_row, mask=inside[:, None] & wide[None, :], other=0.0)
-    s = tl.dot(query, k)
+    s = tl.dot(query, k, input_precision="tf32x3")
     if MASKED:
         near = (t[:, None] - n[None, :] < WINDOW) | (n[None, :] < SINKS) | (t[:, None] < MIN_CONTEXT)
         s = tl.where(near & (n[None, :] <= t[:, None]) & inside[None, :], s, float("-inf"))
