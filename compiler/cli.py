@@ -228,6 +228,7 @@ def inspect(artifact: Path, as_json: bool, recipe_only: bool) -> None:
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of windows, prompts, intervals."
 )
+@_kernels_option
 @_device_options
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Also write the JSON here.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
@@ -246,6 +247,7 @@ def eval_command(
     text: str | None,
     batch_size: int,
     seed: int,
+    kernels: Kernels,
     device: str,
     dtype: str,
     out: Path | None,
@@ -278,9 +280,9 @@ def eval_command(
     if decode_tokens and chosen is not None and "dense" not in chosen:
         raise UsageError("--decode-tokens compares with what dense writes: add dense to --systems")
     _check_place(out)
-    where: dict[str, Any] = {"text": text, "base": base, "device": device, "dtype": dtype, "cache_dir": cache_dir()}
+    where: dict[str, Any] = {"text": text, "base": base, "device": device, "dtype": dtype, "kernels": kernels}
     with drawing() as listen:
-        result = evaluate_artifacts(artifacts, chosen, suite, **where, listen=listen)
+        result = evaluate_artifacts(artifacts, chosen, suite, **where, cache_dir=cache_dir(), listen=listen)
     result["command"] = shlex.join(["sparsec", *sys.argv[1:]])
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

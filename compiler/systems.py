@@ -33,8 +33,9 @@ from sparsec.layout import TENSORS
 from sparsec.plan import Plan
 from sparsec.plugins.auto import read_tensors
 from sparsec.plugins.device import check_dtype, device_map
+from sparsec.plugins.kernels.support import Kernels
 from sparsec.plugins.load import load
-from sparsec.plugins.runtime import applied, tensor_names, uninstall
+from sparsec.plugins.runtime import applied, tensor_names, uninstall, use_kernels
 
 ARTIFACT = "artifact"  # in --systems: every artifact; in the table: the only one
 
@@ -93,6 +94,7 @@ def evaluate_artifacts(
     device: str = "cpu",
     dtype: str = "auto",
     cache_dir: Path,
+    kernels: Kernels = "reference",
     listen: Listener = silent,
 ) -> dict[str, Any]:
     """Measure artifacts beside the systems ``names`` (``artifact``: all; None: all that there are) on held-out text.
@@ -100,6 +102,7 @@ def evaluate_artifacts(
     Args:
         text: what to measure on, as the calibration of a recipe; None is the first artifact's own.
         base: where the dense model is, if not where it was at the compile.
+        kernels: what generated answers and texts run on; the text loss always runs on the reference.
 
     Returns:
         ``calibrate.evaluate.evaluate``'s JSON data, ``versions``, and ``artifacts``: what each name stands for.
@@ -113,11 +116,15 @@ def evaluate_artifacts(
     recipe = artifacts[0].manifest["recipe"]
     corpus = read_corpus(text or recipe["calibration"])
     calibration = Calibration(corpus, artifacts[0].tokenizer(), seed=recipe["seed"])
-    dense = Base(artifacts, spec=base, device=device, dtype=dtype, cache_dir=cache_dir)
+    dense = Base(artifacts, spec=base, device=device, dtype=dtype, cache_dir=cache_dir, kernels=kernels)
     # Dense first: the long decode is compared with its text.
     rows = systems(sorted(names, key=lambda name: name != DENSE), artifacts, dense, rounding=bool(suite.decode_tokens))
-    result = evaluate(rows, calibration, suite, keep=_keeping(cache_dir, device, dtype, listen), listen=listen)
-    return result | {"versions": versions(), "artifacts": {each.name: each.to_json() for each in artifacts}}
+    result = evaluate(rows, calibration, suite, keep=_keeping(cache_dir, device, dtype, kernels), listen=listen)
+    return result | {
+        "kernels": kernels,
+        "versions": versions(),
+        "artifacts": {each.name: each.to_json() for each in artifacts},
+    }
 
 
 def open_artifacts(paths: Sequence[Path]) -> list[Compiled]:
@@ -157,11 +164,18 @@ class Base:
     """
 
     def __init__(
-        self, artifacts: Sequence[Compiled], *, spec: str | None, device: str, dtype: str, cache_dir: Path
+        self,
+        artifacts: Sequence[Compiled],
+        *,
+        spec: str | None,
+        device: str,
+        dtype: str,
+        cache_dir: Path,
+        kernels: Kernels = "reference",
     ) -> None:
         check_dtype(dtype)
         device_map(device)
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.kernels = device, dtype, kernels
         self.artifact = artifacts[0]
         from_source = spec is not None or not all(each.holds_base for each in artifacts)
         self.source = _source(self.artifact, spec, cache_dir) if from_source else None
@@ -234,10 +248,11 @@ def _source(artifact: Compiled, spec: str | None, cache_dir: Path) -> Source:
     return opened
 
 
-def _keeping(cache_dir: Path, device: str, dtype: str, listen: Listener) -> Keep:
+def _keeping(cache_dir: Path, device: str, dtype: str, kernels: Kernels) -> Keep:
     """Parts that are done are found again when an evaluation was stopped; so is what two evaluations share."""
     stages = Stages(cache_dir / "evaluations")
     where = {"device": device.partition(":")[0], "dtype": dtype, "torch": torch.__version__, "code": code_digest()}
+    where["kernels"] = kernels
 
     def keep(make: Callable[[], Found], **inputs: Any) -> Found:
         key = fingerprint(**where, **inputs)
@@ -257,6 +272,7 @@ def _planned(base: Base, plan: Plan | None, tensors: Mapping[str, torch.Tensor])
         yield model
         return
     with applied(model, plan, tensors):
+        use_kernels(model, base.kernels)
         yield model
 
 
@@ -264,7 +280,7 @@ def _planned(base: Base, plan: Plan | None, tensors: Mapping[str, torch.Tensor])
 def _artifact(artifact: Compiled, base: Base) -> Iterator[Any]:
     if artifact.trained:
         base.release()
-        yield load(artifact.path, device=base.device, dtype=base.dtype).model
+        yield load(artifact.path, device=base.device, dtype=base.dtype, kernels=base.kernels).model
         return
     tensors = read_tensors(artifact.path / TENSORS) if tensor_names(artifact.plan) else {}
     with _planned(base, artifact.plan, tensors) as model:

@@ -441,6 +441,14 @@ def test_a_table_is_printed_and_systems_tasks_and_text_can_be_chosen(
     assert str(tmp_path / "text") in result.out
 
 
+def test_answers_on_the_kernels_are_the_references(cli: Any, tiny_artifact: Path) -> None:
+    line = ["eval", tiny_artifact, "--lengths", "256", "--prompts", "2", "--windows", "0", "--tasks", "kv", "--json"]
+    line += ["--systems", "split,artifact"]
+    found = [json.loads(cli(*line, "--kernels", kernels).out) for kernels in ("reference", "triton")]
+    assert found[0]["cells"] == found[1]["cells"]
+    assert [each["kernels"] for each in found] == ["reference", "triton"]
+
+
 def test_an_evaluation_repeats(cli: Any, tiny_artifact: Path) -> None:
     line = ["eval", tiny_artifact, "--lengths", "256", "--prompts", "1", "--windows", "2", "--tasks", "kv", "--json"]
     assert cli(*line).out == cli(*line).out
