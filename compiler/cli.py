@@ -308,6 +308,7 @@ def eval_command(
 @_kernels_option
 @_device_options
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Also write the JSON here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Also draw it, as SVG, here.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 def bench_command(
     artifact: Path | None,
@@ -325,6 +326,7 @@ def bench_command(
     device: str,
     dtype: str,
     out: Path | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Time ARTIFACT beside the dense model: first token, later tokens, and bytes of the cache, by context."""
@@ -333,6 +335,7 @@ def bench_command(
 
     lengths = _numbers(contexts, "--contexts")
     _check_place(out)
+    _check_place(plot, "--plot")
     if (artifact is None) == (shape is None):
         raise UsageError("name an artifact, or a config with --shape, one of them")
     where: dict[str, Any] = {"device": device, "dtype": dtype, "kernels": kernels}
@@ -347,12 +350,16 @@ def bench_command(
     result["command"] = shlex.join(["sparsec", *sys.argv[1:]])
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if plot is not None:
+        from sparsec.export.times import times_svg
+
+        plot.write_text(times_svg(result), encoding="utf-8")
     click.echo(json.dumps(result, indent=2) if as_json else bench_text(result))
 
 
-def _check_place(out: Path | None) -> None:
+def _check_place(out: Path | None, option: str = "-o") -> None:
     if out is not None and not out.absolute().parent.is_dir():
-        raise UsageError(f"-o {out}: there is no folder {out.absolute().parent}, make it or choose another place")
+        raise UsageError(f"{option} {out}: there is no folder {out.absolute().parent}, make it or choose another place")
 
 
 def _names(option: str, text: str, known: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -324,8 +325,10 @@ def test_an_artifact_is_timed_beside_the_dense_model(
 ) -> None:
     file = tmp_path / "bench.json"
     line = ["bench", tiny_artifact, "--contexts", "24,200", "--batch", "2", "--tokens", "2", "--kernels", kernels]
-    result = cli(*line, "-o", file)
+    result = cli(*line, "-o", file, "--plot", tmp_path / "bench.svg")
     assert result.status == 0, result.err
+    drawn = ElementTree.parse(tmp_path / "bench.svg").getroot()
+    assert len(drawn.findall(".//{*}circle")) == 2 * 4  # two panels, two systems, two contexts
     found = json.loads(file.read_text())
     rows = {(row["system"], row["context"]): row for row in found["rows"]}
     assert set(rows) == {(system, context) for system in ("dense", "artifact") for context in (24, 200)}
