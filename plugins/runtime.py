@@ -310,6 +310,10 @@ def _note_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     cache = kwargs.get("past_key_values")
     layer = cache.layers[runtime.number] if cache is not None else None
     runtime.cache = layer if isinstance(layer, PlanLayer) else None
+    if layer is not None and runtime.cache is None and runtime.layer.heads is not None:
+        raise ValueError(
+            f"layer {runtime.number} has a cache that no plan filled: pass an empty one, or new_cache(model)"
+        )
 
 
 __all__ = [
