@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsec.plan import Selector
-from sparsec.plugins.kernels.choose import PASSES, WAYS, _above, _digits
+from sparsec.plugins.kernels.choose import PASSES, WAYS, _above, _narrowed
 from sparsec.plugins.kernels.flash import fold
 from sparsec.plugins.selector import TIE
 
@@ -117,27 +117,10 @@ def _group_edges(
     recent = oldest - RECENT + 1
     for _ in tl.range(0, tl.where(here > 0, PASSES, 0)):
         mass, number = _above(
-            masses,
-            line,
-            blocks,
-            newest + 1,
-            recent,
-            0,
-            here,
-            0.0,
-            edge,
-            edge_far,
-            step,
-            SINKS,
-            MIN_KEEP,
-            ITEM,
-            TILE,
-            WAYS,
-        )
-        digit, digit_far = _digits(mass, number, P, MIN_KEEP, WAYS)
-        edge += digit * step
-        edge_far += digit_far * step
-        step = step / WAYS
+            masses, line, blocks, newest + 1, recent, 0, here, 0.0, edge, edge_far, step,
+            SINKS, MIN_KEEP, ITEM, TILE, WAYS,
+        )  # fmt: skip
+        edge, edge_far, step = _narrowed(mass, number, edge, edge_far, step, P, MIN_KEEP, WAYS)
     tl.store(edges + line * 2, edge)
     tl.store(edges + line * 2 + 1, edge_far)
 

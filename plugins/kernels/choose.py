@@ -5,7 +5,7 @@ Where :func:`sparsec.plugins.selector.select` sorts, the edge is searched for he
 edges at once narrows an interval of scores 32-fold a pass, four passes are finer than the ties that the reference
 does not tell apart. Nothing depends on the order in which programs run.
 """
-# ruff: noqa: SIM102, PLR5501  (a condition on a constant and one on a run-time value cannot be one condition in Triton)
+# ruff: noqa: SIM102  (a condition on a constant and one on a run-time value cannot be one condition in Triton)
 
 from __future__ import annotations
 
@@ -109,12 +109,12 @@ def _above(
 
 
 @triton.jit
-def _digits(mass, number, P: tl.constexpr, MIN_KEEP: tl.constexpr, WAYS: tl.constexpr):
-    """Which part of each interval holds the edge."""
+def _narrowed(mass, number, low, low_far, step, P: tl.constexpr, MIN_KEEP: tl.constexpr, WAYS: tl.constexpr):
+    """Both intervals' low ends and their parts' width, after the part of each that holds the edge is taken."""
     j = tl.arange(0, WAYS)
-    digit = tl.sum(((mass >= P) & (j > 0)).to(tl.int32), 0)
-    digit_far = tl.sum(((number >= MIN_KEEP) & (j > 0)).to(tl.int32), 0)
-    return digit.to(tl.float32), digit_far.to(tl.float32)
+    part = tl.sum(((mass >= P) & (j > 0)).to(tl.int32), 0)
+    part_far = tl.sum(((number >= MIN_KEEP) & (j > 0)).to(tl.int32), 0)
+    return low + part.to(tl.float32) * step, low_far + part_far.to(tl.float32) * step, step / WAYS
 
 
 @triton.jit(do_not_specialize=["pass_number"])
@@ -147,59 +147,21 @@ def _search(
             at = before + (row * shares + other[:, None]) * 2 * WAYS + j[None, :]
             mass = tl.sum(tl.load(at, mask=(other < shares)[:, None], other=0.0), 0)
             number = tl.sum(tl.load(at + WAYS, mask=(other < shares)[:, None], other=0.0), 0)
-            digit, digit_far = _digits(mass, number, P, MIN_KEEP, WAYS)
-            low += digit * step
-            low_far += digit_far * step
-            step = step / WAYS
+            low, low_far, step = _narrowed(mass, number, low, low_far, step, P, MIN_KEEP, WAYS)
     start = share * HELD
     stop = tl.minimum(start + HELD, items)
-    if ALONE:
-        for _ in tl.range(0, PASSES):
-            mass, number = _above(
-                values,
-                row,
-                items,
-                n,
-                n - RECENT,
-                start,
-                stop,
-                lse,
-                low,
-                low_far,
-                step,
-                SINKS,
-                MIN_KEEP,
-                ITEM,
-                TILE,
-                WAYS,
-            )
-            digit, digit_far = _digits(mass, number, P, MIN_KEEP, WAYS)
-            low += digit * step
-            low_far += digit_far * step
-            step = step / WAYS
-    else:
-        if pass_number < PASSES:
-            mass, number = _above(
-                values,
-                row,
-                items,
-                n,
-                n - RECENT,
-                start,
-                stop,
-                lse,
-                low,
-                low_far,
-                step,
-                SINKS,
-                MIN_KEEP,
-                ITEM,
-                TILE,
-                WAYS,
-            )
-            at = sums + (row * shares + share) * 2 * WAYS + j
-            tl.store(at, mass)
-            tl.store(at + WAYS, number)
+    turns = PASSES if ALONE else tl.where(pass_number < PASSES, 1, 0)
+    for _ in tl.range(0, turns):
+        mass, number = _above(
+            values, row, items, n, n - RECENT, start, stop, lse, low, low_far, step,
+            SINKS, MIN_KEEP, ITEM, TILE, WAYS,
+        )  # fmt: skip
+        if ALONE:
+            low, low_far, step = _narrowed(mass, number, low, low_far, step, P, MIN_KEEP, WAYS)
+        else:
+            mine = sums + (row * shares + share) * 2 * WAYS + j
+            tl.store(mine, mass)
+            tl.store(mine + WAYS, number)
             if share == 0:
                 tl.store(after + row * 4, low)
                 tl.store(after + row * 4 + 1, low_far)
@@ -214,7 +176,7 @@ def score(index: Tensor, queries: Tensor, lengths: Tensor, item: int, values: Te
     """Scores of one row.
 
     Args:
-        index: [batch, scored heads, slots, rank], Wk k of every token by token number, bf16, fp16, fp32 or fp8.
+        index: [batch, scored heads, slots, rank], Wk k of every token by token number, bf16, fp16 or fp32.
         queries: float32 [batch, scored heads, rank], Wq q.
         lengths: int32 [batch], tokens before the row's own.
         item: tokens an item.
