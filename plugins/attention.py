@@ -27,7 +27,7 @@ from sparsec.plugins.selector import Indexer, causal, select, unrotate
 
 if TYPE_CHECKING:
     from sparsec.plugins.kernels.blocks import Lists
-    from sparsec.plugins.kernels.cache import KernelLayer
+    from sparsec.plugins.kernels.cache import KernelLayer, Tables
 
 
 @dataclass
@@ -88,7 +88,7 @@ class LayerRuntime:
     rope: tuple[Tensor, Tensor] | None = None  # this call's cos, sin
     cache: SparseLayer | KernelLayer | None = None  # this call's cache
     step: Step | None = None
-    tables: Any = None  # of the kernels: which heads they run
+    tables: Tables | None = None  # of the kernels: which heads they run
 
 
 def layer_runtime(plan: Plan, number: int, indexer: Indexer | None, device: torch.device) -> LayerRuntime:

@@ -167,9 +167,9 @@ def _chosen(
     batch, scored = cache.index.shape[:2]
     values = queries.new_empty(batch, scored, items)
     stats = queries.new_empty(batch, scored, -(-cache.slots // choose.CHUNK), 3)
-    choose.score(cache.index, queries, lengths, item, values, stats)
     totals, edges = queries.new_empty(batch, scored), queries.new_empty(batch, scored, 2)
-    if selector.top_p < 1:
+    if selector.top_p < 1:  # else all is kept, whatever it scores
+        choose.score(cache.index, queries, lengths, item, values, stats)
         sums = queries.new_empty(2, batch, scored, choose.shares_of(items), 2 * choose.WAYS)
         choose.search(values, lengths, stats, selector, sums, queries.new_empty(2, batch, scored, 4), totals, edges)
     return values, totals, edges

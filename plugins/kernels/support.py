@@ -47,7 +47,7 @@ def reason_in(plan: Plan) -> str | None:
         return f"the kernels take heads of up to {LARGEST_HEAD} dimensions, the model has {plan.model.head_dim}"
     if plan.window is not None and plan.window.compensate:
         return "the plan's window compensates for what it drops: only the reference does that"
-    if (s := plan.selector) is not None and "block" in (s.granularity, "block" * (s.prefill == "selector")):
+    if (s := plan.selector) is not None and (s.granularity == "block" or s.prefill == "selector"):
         if s.block & (s.block - 1) or s.block > LARGEST_BLOCK:
             return f"the kernels take blocks of 2, 4, 8 … {LARGEST_BLOCK} tokens, the plan's have {s.block}"
         if s.prefill == "selector" and s.query_block > LARGEST_GROUP:
