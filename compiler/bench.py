@@ -1,8 +1,8 @@
 """Times an artifact beside the dense model: time to first token, time per token, bytes of the cache, by context.
 
 Prompts are natural text, so that selectors keep what they keep in use; documents one behind the other.
-Dense runs on PyTorch's attention with a cache allocated ahead; on a GPU on every backend that has a kernel for it, and
-the fastest counts and is named. On a GPU a decode step of either is one captured graph. All in one process, in turns.
+Dense: :mod:`sparsec.compiler.dense_baseline`. On a GPU a decode step of either is one captured graph; where it cannot
+be one, the row says so. All in one process, in turns.
 """
 
 from __future__ import annotations
@@ -11,70 +11,34 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from torch.nn.attention import sdpa_kernel
+from transformers.cache_utils import DynamicCache
 
 from sparsec.calibrate.corpus import Corpus, read_corpus
+from sparsec.compiler.dense_baseline import BACKENDS, PLAIN, DenseLayer, dense_cache
 from sparsec.compiler.explain import artifact_data
 from sparsec.compiler.shapes import installed, made_plan, random_model
 from sparsec.compiler.versions import versions
 from sparsec.errors import SparsecError
 from sparsec.events import Event, Listener, silent
 from sparsec.plan import Plan
-from sparsec.plugins.kernels.support import Kernels, chosen
+from sparsec.plugins.device import device_name
+from sparsec.plugins.families import native_local_layers
+from sparsec.plugins.kernels.support import Kernels, chosen, uncapturable
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import indexer_tensors, install, kv_bytes, new_cache, uninstall, use_kernels
 
 CHUNK = 16384  # tokens of a prompt a forward: activations of a whole long prompt are gigabytes
 WHOLE = 131072  # up to here dense reads a prompt in one forward, which its kernels like best
-PLAIN = "sparsec_plain"  # dense attention without a mask, which would cost the fastest backends; for GPUs
-BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 REPEATS = 3  # prompts; the first one only warms up
-
-
-class DenseLayer(CacheLayerMixin):
-    """Keys and values of one layer, allocated ahead: [batch, KV heads, room, head_dim]."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room, self.length = room, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The first tokens say batch, heads, dtype and device."""
-        batch, heads, _, dim = key_states.shape
-        self.keys = key_states.new_empty(batch, heads, self.room, dim)
-        self.values = value_states.new_empty(batch, heads, self.room, value_states.shape[3])
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values so far, without a copy."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        stop = self.length + key_states.shape[2]
-        self.keys[:, :, self.length : stop] = key_states
-        self.values[:, :, self.length : stop] = value_states
-        self.length = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
-
-    def get_seq_length(self) -> int:
-        """Tokens so far."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks cover everything."""
-        return self.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No more than was allocated."""
-        return self.room
 
 
 @dataclass(frozen=True)
@@ -116,27 +80,6 @@ def of_shape(
     ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
     stated = {"ratio": ratio, "window": window, "rate": rate, "prefill": prefill}
     return Subject(model, ids, {"shape": config.name, "random weights": True, **stated})
-
-
-def plain_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Causal attention of new rows over all keys by the backend at hand: no mask is made, no KV head copied.
-
-    Transformers' attention interface: query [batch, heads, rows, head_dim], key and value [batch, KV heads, keys,
-    head_dim]. Rows behind a filled cache run on flash attention, whose causal mask ends at the last key.
-    """
-    rows = query.shape[2]
-    if 1 < rows < key.shape[2]:
-        call = torch.ops.aten._scaled_dot_product_flash_attention
-        return call(query, key, value, 0.0, True, scale=scaling)[0].transpose(1, 2), None
-    found = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=rows > 1, scale=scaling, enable_gqa=True
-    )
-    return found.transpose(1, 2), None
-
-
-AttentionInterface.register(PLAIN, plain_attention)  # and no mask of that name, so that none is made
 
 
 def bench(
@@ -181,8 +124,11 @@ def bench(
             listen(Event(f"{system} {context}", 0, 1))
             try:
                 if system == "artifact":
+                    against = uncapturable(model) if on_kernels else None
                     found = {"runs": "Triton kernels" if on_kernels else "PyTorch reference"}
-                    found |= _timed(model, prompts, tokens, lambda: new_cache(model, kernels), on_kernels)
+                    found["runs"] += f", uncaptured: {against}" if against else ""
+                    graphs = on_kernels and against is None
+                    found |= _timed(model, prompts, tokens, lambda: new_cache(model, kernels), graphs)
                 else:
                     found = _dense(model, prompts, tokens)
             except torch.OutOfMemoryError:
@@ -198,7 +144,7 @@ def bench(
         "rows": rows,
         "break_even": _break_even(rows),
         **subject.about,
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU",
+        "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokens": tokens,
         "plan": plan.digest,
@@ -230,39 +176,38 @@ def _text(corpus: Corpus, tokenizer: Any, length: int) -> Tensor:
 
 
 def _dense(model: Any, prompts: Tensor, tokens: int) -> dict[str, Any]:
-    """The fastest backend for the prompt and the fastest for the steps, each named."""
+    """The fastest backend for the prompt and the fastest for the steps, each named; and why others did not run."""
     room = prompts.shape[1] + tokens + 1
-    made = _dense_cache(model, room)
     if not prompts.is_cuda:
-        return {"runs": "PyTorch SDPA"} | _timed(model, prompts, tokens, made, graphs=False)
-    before, found = model.config._attn_implementation, {}
+        return {"runs": "PyTorch SDPA"} | _timed(model, prompts, tokens, lambda: dense_cache(model, room), graphs=False)
+    if native_local_layers(model.config):  # its windows need masks: as Transformers runs it
+        cache = partial(DynamicCache, config=model.config)
+        return {"runs": "Transformers SDPA, uncaptured"} | _timed(model, prompts, tokens, cache, graphs=False)
+    before, found, failed = model.config._attn_implementation, {}, {}
     model.set_attn_implementation(PLAIN)
     try:
         for name, backend in BACKENDS.items():
             try:
                 with sdpa_kernel(backend):
-                    found[name] = _timed(model, prompts, tokens, made, graphs=True, chunk=WHOLE)
+                    found[name] = _timed(
+                        model, prompts, tokens, lambda: dense_cache(model, room), graphs=True, chunk=WHOLE
+                    )
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # a backend without a kernel for this shape says so
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
+                failed[name] = str(error).splitlines()[0][:200]
                 torch.cuda.synchronize()
     finally:
         model.set_attn_implementation(before)
     if not found:
-        raise SparsecError("no fast backend of PyTorch runs this model's attention: use --no-dense, or bfloat16")
+        raise SparsecError(
+            f"no fast backend of PyTorch runs this model's attention ({failed}): use --no-dense, or --dtype bfloat16"
+        )
     first = min(found, key=lambda name: found[name]["prefill_s"])
     step = min(found, key=lambda name: found[name]["step_s"])
-    return {**found[step], "prefill_s": found[first]["prefill_s"], "runs": f"SDPA: prompt {first}, steps {step}"}
-
-
-def _dense_cache(model: Any, room: int) -> Callable[[], Any]:
-    def make() -> DynamicCache:
-        cache = DynamicCache(config=model.config)
-        cache.layer_class_to_replicate = None
-        cache.layers = [DenseLayer(room) for _ in range(model.config.num_hidden_layers)]
-        return cache
-
-    return make
+    prompt = first if prompts.shape[1] <= WHOLE else "flash"  # chunks behind the first have no other kernel
+    named = {"runs": f"SDPA: prompt {prompt}, steps {step}", "did_not_run": failed}
+    return found[step] | {"prefill_s": found[first]["prefill_s"]} | named
 
 
 @torch.no_grad()
@@ -307,9 +252,7 @@ def _stepper(model: Any, cache: Any, token: Tensor, room: int, graphs: bool) -> 
     if graphs and not isinstance(cache.layers[0], DenseLayer):
         from sparsec.plugins.kernels.graph import DecodeGraph
 
-        with suppress(ValueError):  # what cannot be captured is called step by step
-            return DecodeGraph(model, cache, token, room)
-        graphs = False
+        return DecodeGraph(model, cache, token, room)
 
     def once() -> None:
         token.copy_(model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1))
@@ -348,12 +291,13 @@ def _resident(cache: Any) -> int:
 @contextmanager
 def _clock(on: Tensor) -> Iterator[Callable[[], float]]:
     """Wall-clock of the block, all work on the device included."""
-    wait = torch.cuda.synchronize if on.is_cuda else nullcontext
-    wait()
+    if on.is_cuda:
+        torch.cuda.synchronize()
     began = time.perf_counter()
     ended = [began]
     yield lambda: ended[0] - began
-    wait()
+    if on.is_cuda:
+        torch.cuda.synchronize()
     ended[0] = time.perf_counter()
 
 

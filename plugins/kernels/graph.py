@@ -18,9 +18,8 @@ from torch import Tensor
 
 from sparsec.plugins.attention import Step
 from sparsec.plugins.kernels.cache import KernelLayer
+from sparsec.plugins.kernels.support import uncapturable
 from sparsec.plugins.runtime import stepping
-
-WAITING = ("longrope", "dynamic")
 
 
 class DecodeGraph:
@@ -45,9 +44,8 @@ class DecodeGraph:
         lengths = self.layers[0].lengths
         assert lengths is not None
         self.model, self.cache, self.left = model, cache, room
-        rope = str((getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default"))
-        if token.is_cuda and rope in WAITING:
-            raise ValueError(f"{rope} rotary embeddings wait for the device in every step, which a graph cannot do")
+        if (against := uncapturable(model)) is not None:
+            raise ValueError(f"no graph of a step can be captured: {against}")
         self.token, self.position = token.clone(), lengths[:, None].long().clone()
         for layer in self.layers:
             layer.reserve(layer.length + room)

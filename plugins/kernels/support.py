@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparsec.errors import UsageError
 from sparsec.plan import Plan
@@ -18,6 +18,7 @@ Kernels = Literal["auto", "triton", "reference"]
 LEAST_TRITON = (3, 4)
 LARGEST_HEAD, LARGEST_BLOCK, LARGEST_GROUP = 256, 256, 128
 DTYPES = ("bfloat16", "float16", "float32")
+WAITING = ("longrope", "dynamic")  # kinds of rotary embeddings
 
 log = logging.getLogger("sparsec")
 
@@ -53,6 +54,16 @@ def reason_in(plan: Plan) -> str | None:
         if s.prefill == "selector" and s.query_block > LARGEST_GROUP:
             return f"the kernels take query blocks of up to {LARGEST_GROUP} rows, the plan's have {s.query_block}"
     return None
+
+
+def uncapturable(model: Any) -> str | None:
+    """Why a decode step of this model cannot be one CUDA graph; None: it can."""
+    from sparsec.plugins.families import native_local_layers
+
+    if native_local_layers(model.config):
+        return "some of the model's own layers have a sliding window"
+    rope = str((getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default"))
+    return f"{rope} rotary embeddings wait for the device in every step" if rope in WAITING else None
 
 
 @cache
