@@ -296,7 +296,13 @@ def eval_command(
     "--ratio", default=0.15, show_default=True, type=click.FloatRange(0, 1), help="Of --shape: retrieval heads."
 )
 @click.option("--window", default=8192, show_default=True, type=click.IntRange(min=1), help="Of --shape: tokens.")
-@click.option("--rate", default=0.1, show_default=True, type=click.FloatRange(0, 1), help="Of --shape: blocks kept.")
+@click.option(
+    "--rate",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Of --shape: blocks kept.",
+)
 @click.option(
     "--prefill", default="dense", show_default=True, type=click.Choice(["dense", "selector"]), help="Of --shape."
 )
