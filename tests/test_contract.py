@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 import sparsec
 from sparsec.errors import UsageError
 from sparsec.plan import ModelShape, Plan
+from sparsec.plugins.kernels import support
 from sparsec.plugins.kernels.support import chosen, reason_against
 from sparsec.plugins.runtime import (
     applied,
@@ -713,6 +714,10 @@ def test_steps_as_a_graph_write_what_single_calls_write(model: Any) -> None:
             true.append(int(token))
         assert found == true
         assert cache.get_seq_length() == 23
+        others = DecodeGraph(model, cache, token, room=1)
+        model(token, past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="something else"):
+            others()
         with pytest.raises(ValueError, match="full"):
             steps()
         with pytest.raises(ValueError, match="new_cache"):
@@ -730,6 +735,28 @@ def test_who_runs_what(model: Any) -> None:
     for name, words in (("compensated", "compensates"), ("query blocks, a set a head", "blocks of 2, 4, 8")):
         with applied(model, PLANS[name], make_tensors(PLANS[name])), pytest.raises(UsageError, match=words):
             use_kernels(model, "triton")
+
+
+def test_auto_says_once_why_the_reference_runs(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    plan = make_plan(compensate=True, window=5)  # of this test alone: a reason is said once a process
+    support._warn.cache_clear()
+    for _ in range(2):
+        assert chosen("auto", plan, torch.device("cuda"), torch.float32) is False
+    assert [record.message for record in caplog.records] == [
+        "sparsec runs the reference, which is slow: "
+        "the plan's window compensates for what it drops: only the reference does that"
+    ]
+
+
+def test_a_filled_cache_of_another_kind_is_refused(model: Any) -> None:
+    """A layer called by itself, past the hook that fills caches: attention over the new rows alone would be wrong."""
+    with applied(model, PLANS["no selector"], make_tensors(PLANS["no selector"])):
+        hidden = torch.randn(1, 4, model.config.hidden_size)
+        rope = model.model.rotary_emb(hidden, torch.arange(4)[None])
+        cache = DynamicCache(config=model.config)
+        with pytest.raises(ValueError, match="no plan filled"):
+            model.model.layers[0](hidden, past_key_values=cache, position_embeddings=rope)
 
 
 def test_several_decode_rows_at_once_are_the_references_business(model: Any) -> None:
