@@ -17,7 +17,7 @@ from typing import Any
 
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.splits import Calibration
-from sparsec.compiler.cli import cache_dir
+from sparsec.compiler.commands.options import cache_dir
 from sparsec.compiler.draw import drawing
 from sparsec.compiler.source import load_model, load_tokenizer, open_source
 from sparsec.compiler.versions import versions

@@ -1,0 +1,1 @@
+"""The commands: one a file. Each parses, calls and prints; :mod:`sparsec.compiler.cli` gathers them."""
