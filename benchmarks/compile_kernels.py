@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from sparsec.plan import Selector, Window
-from sparsec.plugins.kernels import append, blocks, choose, decode
+from sparsec.plugins.kernels import append, blocks, choose, decode, lists
 from sparsec.plugins.kernels.window import window_prefill
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
@@ -73,7 +73,9 @@ def main() -> None:
         ints(RETRIEVAL), ints(RETRIEVAL), (near, near), (far, far), index, queries, 4,
     )  # fmt: skip
     partial, lse = torch.zeros(1, HEADS, 128, DIM), torch.zeros(1, HEADS, 128)
-    decode.window_decode(one, near, near, ints(1), ints(8, 16), ints(8), window, 0, scale, 8192, 32, partial, lse)
+    decode.window_decode(
+        one, (near, near), (far, far), ints(1), ints(8, 16), ints(8), 4, window, 0, scale, 8192, 32, partial, lse
+    )
     for granularity, item, size in (("token", 1, 1024), ("block", 64, 64)):
         selector = Selector(
             rank=16, rope="post", top_p=0.9, granularity=granularity, block=64, sinks=4, recent=64, min_keep=64
@@ -88,9 +90,17 @@ def main() -> None:
             one, far, far, ints(1), ints(RETRIEVAL, 16), ints(RETRIEVAL), values, totals, edges, ints(RETRIEVAL),
             selector, 0, scale, ints(1, RETRIEVAL, items // size, size), partial, lse,
         )  # fmt: skip
+        if lists.fits(items):
+            for scope, sets in (("head", RETRIEVAL), ("layer", 1)):
+                how = selector.model_copy(update={"scope": scope})
+                lists.kept(values, ints(1), how, 0, totals, edges, ints(1, sets, items), ints(1, sets))
+            decode.listed_decode(
+                one, far, far, ints(1), ints(RETRIEVAL, 16), ints(RETRIEVAL), ints(1, RETRIEVAL, items),
+                ints(1, RETRIEVAL), ints(RETRIEVAL), item, scale, 64, partial, lse,
+            )  # fmt: skip
     prompt = Selector(
         rank=16, rope="post", top_p=0.9, granularity="block", block=64, sinks=4, recent=64, min_keep=64,
-        prefill="selector", query_block=64,
+        prefill="selector", query_block=64, vote_every=4,
     )  # fmt: skip
     chosen = blocks.choose_lists(torch.zeros(1, RETRIEVAL, 4096, 16), index, ints(1), 0, 8, SLOTS, prompt, 0)
     blocks.block_prefill(

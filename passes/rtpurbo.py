@@ -80,6 +80,7 @@ class Rtpurbo(Pass):
         default="dense", description="prompt rows of retrieval heads: dense (the paper), or key blocks by the selector"
     )
     query_block: int = Field(default=64, ge=1, le=1024, description="prompt rows that choose key blocks together")
+    vote_every: int = Field(default=1, ge=1, le=1024, description="every so-manyth of these rows decides for them")
     forced_recent: int = Field(default=64, ge=0, description="latest tokens that retrieval heads always keep (ours)")
     min_keep: int = Field(default=64, ge=0, description="unforced tokens kept at least (ours); the paper's block is 64")
     context: int | None = Field(default=None, ge=128, description="tokens a calibration window; null: 4 windows")
@@ -215,6 +216,7 @@ class Rtpurbo(Pass):
             min_keep=self.min_keep,
             prefill=self.prefill,
             query_block=self.query_block,
+            vote_every=self.vote_every,
         ).model_dump()
         sized = Window(size=window, sinks=self.sinks)
         return split_plan(plan, heads, sized, self.min_context, index="full", selector=selector)

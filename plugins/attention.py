@@ -68,7 +68,7 @@ class Step:
     positions: Tensor | None = None  # [batch, keys] token numbers, -1 padding
     padded: bool | None = None  # some of them are
     # On the kernels, by layer: what a decode row keeps by, and the blocks that a prompt's groups keep.
-    kernel_sets: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    kernel_sets: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     kernel_lists: dict[int, list[Lists]] = field(default_factory=dict)
 
 

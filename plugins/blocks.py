@@ -1,9 +1,11 @@
 """Prefill rows that choose: each block of queries takes one set of key blocks, by the selector.
 
 Rows are grouped by token number // ``query_block``. The selector's softmax mass of each key block (``block`` tokens),
-as a mean over the group's rows in this call, decides: top-p, the floor, and the forced blocks, which are those of the
-sinks and of the recent tokens of any row, the row's own included. Every row is still causal. Rows that are dense
-(``min_context``) neither choose nor count. RTPurbo (arXiv 2605.16928) leaves prefill dense; this is ours.
+as a mean over the group's rows in this call, or over every so-manyth of them (``vote_every``), decides: top-p, the
+floor, and the forced blocks, which are those of the sinks and of the recent tokens of any row, the row's own included.
+Every row is still causal. Rows that are dense (``min_context``) neither choose nor count.
+
+RTPurbo (arXiv 2605.16928) leaves prefill dense; this is ours.
 """
 
 from __future__ import annotations
@@ -66,15 +68,17 @@ def choose_blocks(
     # Rows of other groups, and those that do not choose, go to one more group that is cut off.
     place = numbers - groups.first[:, None]
     place = torch.where((numbers >= 0) & (place >= 0) & (place < groups.count), place, groups.count)
+    empty = torch.zeros(len(place), groups.count + 1, dtype=q_pos.dtype, device=place.device)
+    oldest = empty.scatter_reduce(1, place, q_pos, "amin", include_self=False)
+    newest = empty.scatter_reduce(1, place, q_pos, "amax", include_self=False)[:, :-1]
+    votes = (q_pos - oldest.gather(1, place)) % selector.vote_every == 0
+    oldest, place = oldest[:, :-1], torch.where(votes, place, groups.count)
     rows = torch.zeros(len(place), groups.count + 1, device=place.device)
     rows = rows.scatter_add_(1, place, torch.ones(place.shape, device=place.device))
     summed = torch.zeros(*mass.shape[:2], groups.count + 1, blocks, device=mass.device)
     summed = summed.scatter_add_(2, place[:, None, :, None].expand(mass.shape), mass)
     mean = (summed / rows.clamp_min(1)[:, None, :, None])[:, :, :-1]
 
-    empty = torch.zeros(len(place), groups.count + 1, dtype=q_pos.dtype, device=place.device)
-    oldest = empty.scatter_reduce(1, place, q_pos, "amin", include_self=False)[:, :-1]
-    newest = empty.scatter_reduce(1, place, q_pos, "amax", include_self=False)[:, :-1]
     low = (oldest - max(selector.recent, 1) + 1).clamp_min(0) // selector.block
     block = torch.arange(blocks, device=mass.device)
     near = (block >= low[..., None]) & (block <= (newest // selector.block)[..., None])

@@ -76,6 +76,9 @@ class Selector(Strict):
     query_block: int = Field(
         default=64, ge=1, le=1024, description="prefill rows that choose together; they start at multiples of it"
     )
+    vote_every: int = Field(
+        default=1, ge=1, le=1024, description="of these rows every so-manyth decides for all, the first one among them"
+    )
 
 
 class Hisa(Strict):

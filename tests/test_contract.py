@@ -85,6 +85,7 @@ PLANS = {
     "query blocks after RoPE from here on": make_plan(
         prefill="selector", query_block=8, rope="post", min_context=18, compensate=True
     ),
+    "query blocks of which some rows vote": make_plan(prefill="selector", query_block=8, vote_every=3, min_context=18),
 }
 ANY_CHUNK = ("short contexts dense", "compensated", "compensated from here on", "single queries")
 
@@ -152,8 +153,8 @@ def naive_blocks(mass: dict[int, Tensor], plan: Plan) -> set[int]:
     selector = plan.selector
     assert selector is not None
     size, rows = selector.block, sorted(mass)
-    blocks = range(rows[-1] // size + 1)
-    share = [sum(float(w[b * size : (b + 1) * size].sum()) for w in mass.values()) / len(rows) for b in blocks]
+    blocks, votes = range(rows[-1] // size + 1), rows[:: selector.vote_every]
+    share = [sum(float(mass[t][b * size : (b + 1) * size].sum()) for t in votes) / len(votes) for b in blocks]
     forced = {j // size for j in range(min(selector.sinks, rows[-1] + 1))}
     for t in rows:
         forced |= {j // size for j in range(max(0, t - max(selector.recent, 1) + 1), t + 1)}
@@ -677,6 +678,7 @@ def generated(model: Any, ids: Tensor, mask: Tensor | None, kernels: Any, chunks
 ON_KERNELS = {
     **{name: PLANS[name] for name in ("shared index", "a set a head", "blocks", "after RoPE", "no selector")},
     **{name: PLANS[name] for name in ("crossing while decoding", "query blocks")},
+    "query blocks of which some rows vote": PLANS["query blocks of which some rows vote"],
     "query blocks behind a dense beginning": make_plan(min_context=12, prefill="selector", query_block=4),
 }
 

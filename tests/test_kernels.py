@@ -22,7 +22,7 @@ from sparsec.plugins.selector import select
 
 pytest.importorskip("triton")
 from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of
-from sparsec.plugins.kernels import blocks, choose, decode
+from sparsec.plugins.kernels import blocks, choose, decode, lists
 from sparsec.plugins.kernels.window import window_prefill
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,8 +126,9 @@ def index_keys(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return keys
 
 
+@pytest.mark.parametrize("way", ["list", "ranges"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_decode_step(name: str) -> None:
+def test_a_decode_step(name: str, way: str) -> None:
     """Local heads 0, 2, 3, 4, 7 on the window, 1, 5, 6 on what is chosen; the lengths differ within the batch."""
     case = CASES[name]
     torch.manual_seed(len(name))
@@ -147,7 +148,7 @@ def test_a_decode_step(name: str) -> None:
     stats = torch.full((batch, len(RETRIEVAL), -(-slots // choose.CHUNK), 3), float("nan"), device=DEVICE)
     totals, edges = (torch.full((batch, len(RETRIEVAL), *more), float("nan"), device=DEVICE) for more in ((), (2,)))
     choose.score(index, queries, lengths, item, values, stats)
-    if case.selector.top_p < 1:
+    if case.selector.top_p < 1 and way == "ranges":
         sums = torch.full(
             (2, batch, len(RETRIEVAL), choose.shares_of(items), 2 * choose.WAYS), float("nan"), device=DEVICE
         )
@@ -160,15 +161,23 @@ def test_a_decode_step(name: str) -> None:
     ranges = -(-items // size)
     partial = torch.full((batch, HEADS, max(3, ranges), dim), float("nan"), device=DEVICE)
     lse = torch.full((batch, HEADS, max(3, ranges)), float("nan"), device=DEVICE)
-    decode.window_decode(q, k, v, lengths, *by_kv(local), window, 0, dim**-0.5, 0, 3, partial, lse)
+    heads, places = by_kv(local)  # KV head 0 of them as if it were a ring that has not turned yet
+    near = (k[:, :1], v[:, :1])
+    decode.window_decode(q, near, (k, v), lengths, heads, places, 1, window, 0, dim**-0.5, slots, 3, partial, lse)
     union = case.selector.scope == "layer"
     each = torch.tensor([[h] + [-1] * 15 for h in RETRIEVAL], dtype=torch.int32, device=DEVICE)
     groups = by_kv(RETRIEVAL) if union else (each, ints(*(h // 4 for h in RETRIEVAL)))
     sets = ints(*(0 if union else i for i in range(len(groups[1]))))
-    lists = torch.empty(batch, len(sets), ranges, size, dtype=torch.int32, device=DEVICE)
-    decode.chosen_decode(
-        q, k, v, lengths, *groups, values, totals, edges, sets, case.selector, 0, dim**-0.5, lists, partial, lse
-    )
+    if way == "list":
+        found = torch.empty(batch, 1 if union else len(RETRIEVAL), items, dtype=torch.int32, device=DEVICE)
+        counts = torch.empty(found.shape[:2], dtype=torch.int32, device=DEVICE)
+        lists.kept(values, lengths, case.selector, 0, totals, edges, found, counts)
+        decode.listed_decode(q, k, v, lengths, *groups, found, counts, sets, item, dim**-0.5, ranges, partial, lse)
+    else:
+        scratch = torch.empty(batch, len(sets), ranges, size, dtype=torch.int32, device=DEVICE)
+        decode.chosen_decode(
+            q, k, v, lengths, *groups, values, totals, edges, sets, case.selector, 0, dim**-0.5, scratch, partial, lse
+        )
     out = torch.full_like(q, float("nan"))
     decode.combine(partial, lse, ints(*(3 if h in local else ranges for h in range(HEADS))), out, lengths)
     assert lengths.tolist() == list(case.lengths), "the new token is counted"
@@ -196,6 +205,7 @@ def test_a_decode_step(name: str) -> None:
         (130, 0, {}),
         (27, 96, {"query_block": 8, "block": 16, "recent": 2, "sinks": 1, "min_keep": 0, "top_p": 0.6}),
         (100, 40, {"query_block": 24, "block": 8, "recent": 0, "sinks": 0, "min_keep": 40, "top_p": 0.2}),
+        (100, 33, {"query_block": 16, "block": 16, "vote_every": 4, "top_p": 0.7}),
         (64, 0, {"top_p": 1.0}),
     ],
 )

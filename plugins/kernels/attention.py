@@ -2,10 +2,14 @@
 
 prefill   local heads: window kernel; retrieval heads: PyTorch's own dense attention (a first chunk), the window
           kernel with a window that never ends (later chunks), or chosen blocks; everything is stored
-decode    append, window, [score, search], chosen, combine: six launches and more, no host synchronisation
+decode    append, window, [score, search], listed, combine: six launches, no host synchronisation
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +17,15 @@ from torch import Tensor
 
 from sparsec.plan import Window
 from sparsec.plugins.attention import LayerRuntime, Step, as_selector_sees
-from sparsec.plugins.kernels import append, blocks, choose, decode
+from sparsec.plugins.kernels import append, blocks, choose, decode, lists
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
 from sparsec.plugins.kernels.window import window_prefill
 
 SHARE = 256  # keys of a window a program, until MOST programs divide it
 MOST = 64
 ALL = 1 << 30  # a window that never ends
-RANGES = 256  # programs that divide what a retrieval head keeps, about
+RANGES = 256  # programs that divide what a retrieval head keeps, about, where it is no list
+PROGRAMS = 390  # that read lists, at most about: three a multiprocessor, all at once
 
 
 def prefill(
@@ -111,67 +116,117 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
     cache.prepare(k, _rank(rt), 1)
     assert cache.lengths is not None
     batch, heads, _, dim = q.shape
-    indexed = rt.layer.index != "none" and plan.selector is not None
-    item = plan.selector.block if plan.selector is not None and plan.selector.granularity == "block" else 1
+    selector = plan.selector
+    indexed = rt.layer.index != "none" and selector is not None
+    item = selector.block if selector is not None and selector.granularity == "block" else 1
     items = -(-cache.slots // item)
+    listed = lists.fits(items)
     size = _range(items, item)
-    ranges = -(-items // size) if indexed else -(-cache.slots // 1024)
+    if not indexed:
+        ranges = -(-cache.slots // 1024)
+    else:
+        ranges = _shares_of_list(items, item, batch * len(tables.sets)) if listed else -(-items // size)
     shares = min(MOST, -(-(cache.sinks + cache.ring) // SHARE))
     most = max(shares, ranges)
     partial = q.new_empty(batch, heads, most, dim, dtype=torch.float32)
     lse = q.new_empty(batch, heads, most, dtype=torch.float32)
     queries = q.new_empty(batch, max(1, cache.index.shape[1]), max(1, _rank(rt)), dtype=torch.float32)
-    rope = rt.rope if plan.selector is not None and plan.selector.rope == "pre" else None
+    rope = rt.rope if selector is not None and selector.rope == "pre" else None
     projections = (rt.indexer.q_proj.weight, rt.indexer.k_proj.weight) if rt.indexer is not None else None
     append.append(
         q, k, v, rope, projections, cache.lengths, tables.kv_place, tables.retrieval, tables.retrieval_kv,
         cache.near, cache.far, cache.index, queries, cache.sinks,
     )  # fmt: skip
-    if len(tables.near[0]):
-        decode.window_decode(
-            q, *cache.near, cache.lengths, *tables.near, cache.window, plan.min_context, scale, cache.ring, shares,
-            partial, lse,
-        )  # fmt: skip
-    if len(tables.beside[0]):
-        decode.window_decode(
-            q, *cache.far, cache.lengths, *tables.beside, cache.window, plan.min_context, scale, 0, shares, partial, lse
-        )
+    scores = None
+    if indexed and rt.layer.index == "full":
+        scores = _scored(rt, cache, queries, item, items)
+    where = (q, cache.near, cache.far, cache.lengths)
+    # Scoring takes all the bandwidth there is; the search, which takes none, leaves it to the windows.
+    with _beside(q.device) as join:
+        if len(tables.windowed[0]):
+            decode.window_decode(
+                *where, *tables.windowed, len(tables.near[0]), cache.window, plan.min_context, scale, cache.ring,
+                shares, partial, lse,
+            )  # fmt: skip
     if indexed:
-        assert plan.selector is not None
-        source = plan.index_source(rt.number)
-        if rt.layer.index == "full":
-            found = _chosen(rt, cache, queries, item, items)
-            step.kernel_sets = {rt.number: found}  # shared layers read the nearest full one alone
-        values, totals, edges = step.kernel_sets[source]
-        lists = torch.empty(batch, len(tables.sets), ranges, size, dtype=torch.int32, device=q.device)
-        decode.chosen_decode(
-            q, *cache.far, cache.lengths, *tables.chosen, values, totals, edges, tables.sets, plan.selector,
-            plan.min_context, scale, lists, partial, lse,
-        )  # fmt: skip
+        assert selector is not None
+        if scores is not None:
+            found = _listed(rt, cache.lengths, scores[0]) if listed else _searched(rt, cache.lengths, *scores)
+            step.kernel_sets = {rt.number: found}  # shared layers read this one alone
+        found = step.kernel_sets[plan.index_source(rt.number)]
+        if listed:
+            decode.listed_decode(
+                q, *cache.far, cache.lengths, *tables.chosen, *found, tables.sets, item, scale, ranges, partial, lse
+            )
+        else:
+            scratch = torch.empty(batch, len(tables.sets), ranges, size, dtype=torch.int32, device=q.device)
+            decode.chosen_decode(
+                q, *cache.far, cache.lengths, *tables.chosen, *found, tables.sets, selector, plan.min_context, scale,
+                scratch, partial, lse,
+            )  # fmt: skip
     elif len(tables.retrieval):
         endless = Window(size=ALL, sinks=0)
-        decode.window_decode(
-            q, *cache.far, cache.lengths, *tables.chosen, endless, 0, scale, 0, ranges, partial, lse
-        )  # fmt: skip
+        decode.window_decode(*where, *tables.chosen, 0, endless, 0, scale, cache.ring, ranges, partial, lse)
+    join()
     decode.combine(partial, lse, tables.shares(shares, ranges), out, cache.lengths, step.commit)
     cache.length += int(step.commit)
 
 
-def _chosen(
-    rt: LayerRuntime, cache: KernelLayer, queries: Tensor, item: int, items: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of the items, the log of all weights, and the edges: what this layer and those that share it keep by."""
-    selector, lengths = rt.plan.selector, cache.lengths
-    assert selector is not None
-    assert lengths is not None
+@contextmanager
+def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """What is launched inside runs beside what follows, until the yielded function is called.
+
+    Only a captured graph gains by it: there the branches cost nothing to launch.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield lambda: None
+        return
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        yield lambda: main.wait_stream(side)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _scored(rt: LayerRuntime, cache: KernelLayer, queries: Tensor, item: int, items: int) -> tuple[Tensor, Tensor]:
+    """Scores of the items, and of each chunk of them the sums that a divided search starts from."""
+    assert rt.plan.selector is not None
+    assert cache.lengths is not None
     batch, scored = cache.index.shape[:2]
     values = queries.new_empty(batch, scored, items)
     stats = queries.new_empty(batch, scored, -(-cache.slots // choose.CHUNK), 3)
-    totals, edges = queries.new_empty(batch, scored), queries.new_empty(batch, scored, 2)
-    if selector.top_p < 1:  # else all is kept, whatever it scores
-        choose.score(cache.index, queries, lengths, item, values, stats)
-        sums = queries.new_empty(2, batch, scored, choose.shares_of(items), 2 * choose.WAYS)
-        choose.search(values, lengths, stats, selector, sums, queries.new_empty(2, batch, scored, 4), totals, edges)
+    if rt.plan.selector.top_p < 1:  # else all is kept, whatever it scores
+        choose.score(cache.index, queries, cache.lengths, item, values, stats)
+    return values, stats
+
+
+def _listed(rt: LayerRuntime, lengths: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The lists of what is kept, and their lengths."""
+    selector = rt.plan.selector
+    assert selector is not None
+    batch, scored, items = values.shape
+    totals, edges = values.new_empty(batch, scored), values.new_empty(batch, scored, 2)
+    sets = 1 if selector.scope == "layer" else scored
+    found = values.new_empty(batch, sets, items, dtype=torch.int32)
+    counts = values.new_empty(batch, sets, dtype=torch.int32)
+    lists.kept(values, lengths, selector, rt.plan.min_context, totals, edges, found, counts)
+    return found, counts
+
+
+def _searched(rt: LayerRuntime, lengths: Tensor, values: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of the items, the log of all weights, and the edges down to which items are kept."""
+    selector = rt.plan.selector
+    assert selector is not None
+    batch, scored, items = values.shape
+    totals, edges = values.new_empty(batch, scored), values.new_empty(batch, scored, 2)
+    if selector.top_p < 1:
+        sums = values.new_empty(2, batch, scored, choose.shares_of(items), 2 * choose.WAYS)
+        states = values.new_empty(2, batch, scored, 4)
+        choose.search(values, lengths, stats, selector, sums, states, totals, edges)
     return values, totals, edges
 
 
@@ -184,6 +239,11 @@ def _dense(
         q[:, own], k[:, kv_heads], v[:, kv_heads], is_causal=q.shape[2] > 1, scale=scale
     )
     out[:, own] = found
+
+
+def _shares_of_list(items: int, item: int, programs: int) -> int:
+    """How many programs divide a list: about PROGRAMS altogether, none for less than 256 tokens."""
+    return max(1, min(MOST, PROGRAMS // programs, -(-items * item // 256)))
 
 
 def _range(items: int, item: int) -> int:

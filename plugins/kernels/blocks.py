@@ -1,7 +1,7 @@
 """Prefill of retrieval heads with the selector: groups of query rows choose blocks of keys, then attend to those.
 
-What :mod:`sparsec.plugins.blocks` says, in four steps that hold no rows x keys: the selector's log-sum of every row
-and key block; each group's mean mass of every block and the edge down to which blocks are kept; their list; flash
+What :mod:`sparsec.plugins.blocks` says, in four steps that hold no rows x keys: the selector's log-sum of every voting
+row and key block; each group's mean mass of every block and the edge down to which blocks are kept; their list; flash
 attention over the list. All run for some groups at a time, so that what they hold grows with the keys alone.
 
 Sequences lie in order of token numbers in the stores (:mod:`sparsec.plugins.kernels.cache`); row m of sequence b is
@@ -24,88 +24,119 @@ from sparsec.plugins.kernels.flash import fold
 from sparsec.plugins.selector import TIE
 
 HELD = 1 << 28  # bytes of log-sums at a time
-WIDE = 8192  # query rows x keys a scoring program
+WIDE = 2048  # keys a scoring program
 EMPTY = tl.constexpr(-3.0e38)  # log of no mass; finite, so that differences stay numbers
 
 
 @triton.jit
-def _rows_of(group, first, rows, MIN_CONTEXT: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The group's token numbers, their rows, and which of them are in this call and choose."""
-    m = tl.arange(0, BLOCK_M)
-    t = group * ROWS + m
-    row = t - first
-    chooses = (m < ROWS) & (row >= 0) & (row < rows) & (t >= MIN_CONTEXT) & (t >= 0)
-    return t, row, chooses
+def _span(group, first, rows, MIN_CONTEXT: tl.constexpr, ROWS: tl.constexpr):
+    """The first and the last of the group's tokens that are rows of this call and choose; none: last < first."""
+    oldest = tl.maximum(group * ROWS, tl.maximum(first, MIN_CONTEXT))
+    return oldest, tl.minimum(group * ROWS + ROWS, first + rows) - 1
 
 
 @triton.jit
 def _block_scores(
-    queries, index, first, group0, rows, scored, blocks, index_batch, index_head, index_row,
+    queries, index, first, group0, groups, rows, scored, blocks, index_batch, index_head, index_row,
     scores,
-    MIN_CONTEXT: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    ITEM: tl.constexpr, WIDE: tl.constexpr,
+    MIN_CONTEXT: tl.constexpr, ROWS: tl.constexpr, EVERY: tl.constexpr, VOTES: tl.constexpr, BLOCK_M: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, ITEM: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Program (WIDE keys, group, sequence x scored head): log-sums of blocks for every row of the group."""
-    tile, local = tl.program_id(0), tl.program_id(1)
+    """Program (WIDE keys, pack of groups, sequence x scored head): log-sums of blocks for every row that votes.
+
+    A pack is so many groups that their VOTES voters each fill BLOCK_M rows. ``scores``: [.., packs, blocks, BLOCK_M].
+    EXACT: index keys are float32; else queries are split into three parts of the keys' type, whose products are as
+    exact as float32's and cheaper.
+    """
+    chunk, pack = tl.program_id(0), tl.program_id(1)
     b, h = tl.program_id(2) // scored, tl.program_id(2) % scored
-    t, row, chooses = _rows_of(group0 + local, tl.load(first + b), rows, MIN_CONTEXT, ROWS, BLOCK_M)
-    if (tile * WIDE <= tl.max(t, 0)) & (tl.max(chooses.to(tl.int32), 0) > 0):
+    begin = tl.load(first + b)
+    m = tl.arange(0, BLOCK_M)
+    local = pack * (BLOCK_M // VOTES) + m // VOTES
+    oldest, newest = _span(group0 + local, begin, rows, MIN_CONTEXT, ROWS)
+    t = oldest + m % VOTES * EVERY
+    votes = (t <= newest) & (local < groups)
+    last = tl.max(tl.where(votes, t, -1), 0)
+    sure = tl.min(tl.where(votes, t, 2147483647), 0)  # keys up to here are seen by all
+    start = chunk * WIDE
+    stop = tl.minimum(start + WIDE, last + 1)
+    if start < stop:
         r = tl.arange(0, BLOCK_R)
-        n = tile * WIDE + tl.arange(0, WIDE)
         line = (b * scored + h).to(tl.int64)
-        q_at = queries + (line * rows + row[:, None]) * RANK + r[None, :]
-        q = tl.load(q_at, mask=chooses[:, None] & (r < RANK)[None, :], other=0.0)
-        k_at = index + b.to(tl.int64) * index_batch + h.to(tl.int64) * index_head
-        k_at = k_at + n[None, :].to(tl.int64) * index_row + r[:, None]
-        visible = n <= tl.max(tl.where(chooses, t, -1), 0)
-        k = tl.load(k_at, mask=visible[None, :] & (r < RANK)[:, None], other=0.0)
-        s = tl.dot(q, k.to(tl.float32), input_precision="tf32x3")
-        s = tl.where(n[None, :] <= t[:, None], s, EMPTY)
-        s = tl.reshape(s, [BLOCK_M, WIDE // ITEM, ITEM])
-        top = tl.max(s, 2)
-        total = tl.sum(tl.exp(s - top[:, :, None]), 2)
-        value = tl.where(top == EMPTY, EMPTY, top + tl.log(total))
-        block = tile * (WIDE // ITEM) + tl.arange(0, WIDE // ITEM)
-        place = (line * tl.num_programs(1) + local) * BLOCK_M + tl.arange(0, BLOCK_M)
-        tl.store(scores + place[:, None] * blocks + block[None, :], value, mask=(block < blocks)[None, :])
+        q_at = queries + (line * rows + (t - begin)[:, None]) * RANK + r[None, :]
+        q = tl.load(q_at, mask=votes[:, None] & (r < RANK)[None, :], other=0.0) * 1.4426950408889634
+        kind = index.dtype.element_ty
+        high = q.to(kind)
+        middle = (q - high.to(tl.float32)).to(kind)
+        low = (q - high.to(tl.float32) - middle.to(tl.float32)).to(kind)
+        k_at = index + b.to(tl.int64) * index_batch + h.to(tl.int64) * index_head + r[:, None]
+        to = scores + (line * tl.num_programs(1) + pack) * blocks * BLOCK_M + m
+        for n0 in tl.range(start, stop, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)
+            k_mask = (n <= last)[None, :] & (r < RANK)[:, None]
+            k = tl.load(k_at + n[None, :].to(tl.int64) * index_row, mask=k_mask, other=0.0)
+            if EXACT:
+                s = tl.dot(q, k, input_precision="tf32x3")
+            else:
+                s = tl.dot(low, k)
+                s = tl.dot(middle, k, s)
+                s = tl.dot(high, k, s)
+            if n0 + BLOCK_N - 1 > sure:
+                s = tl.where(n[None, :] <= t[:, None], s, EMPTY)
+            if BLOCK_N == ITEM:
+                top = tl.max(s, 1)
+                total = tl.sum(tl.exp2(s - top[:, None]), 1)
+                value = tl.where(top == EMPTY, EMPTY, (top + tl.log2(total)) * 0.6931471805599453)
+                tl.store(to + n0 // ITEM * BLOCK_M, value)
+            else:
+                s = tl.reshape(s, [BLOCK_M, BLOCK_N // ITEM, ITEM])
+                top = tl.max(s, 2)
+                total = tl.sum(tl.exp2(s - top[:, :, None]), 2)
+                value = tl.where(top == EMPTY, EMPTY, (top + tl.log2(total)) * 0.6931471805599453)
+                block = n0 // ITEM + tl.arange(0, BLOCK_N // ITEM)
+                at = to[:, None] + block[None, :] * BLOCK_M
+                tl.store(at, value, mask=(block < blocks)[None, :])
 
 
 @triton.jit
 def _group_edges(
-    scores, first, group0, rows, scored, blocks,
+    scores, first, group0, rows, scored, blocks, packs,
     masses, edges,
     P: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, MIN_CONTEXT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, ITEM: tl.constexpr, TILE: tl.constexpr, WAYS: tl.constexpr,
-    PASSES: tl.constexpr,
+    ROWS: tl.constexpr, EVERY: tl.constexpr, VOTES: tl.constexpr, BLOCK_M: tl.constexpr, ITEM: tl.constexpr,
+    TILE: tl.constexpr, FAST: tl.constexpr, WAYS: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     """Program (group, sequence x scored head): the log of each block's mean mass, and the two edges."""
     local = tl.program_id(0)
     b = tl.program_id(1) // scored
     line = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + local
-    t, _, chooses = _rows_of(group0 + local, tl.load(first + b), rows, MIN_CONTEXT, ROWS, BLOCK_M)
-    newest = tl.max(tl.where(chooses, t, -1), 0)
-    oldest = tl.min(tl.where(chooses, t, 2147483647), 0)
-    count = tl.sum(chooses.to(tl.int32), 0)
-    here = tl.where(newest >= 0, newest // ITEM + 1, 0)  # blocks that some row sees
-    m = tl.arange(0, BLOCK_M)
-    at = scores + (line * BLOCK_M + m[:, None]) * blocks
-    top = tl.full([BLOCK_M], EMPTY, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    oldest, newest = _span(group0 + local, tl.load(first + b), rows, MIN_CONTEXT, ROWS)
+    j = tl.arange(0, VOTES)
+    t = oldest + j * EVERY
+    votes = t <= newest
+    count = tl.sum(votes.to(tl.int32), 0)
+    here = tl.where(count > 0, newest // ITEM + 1, 0)  # blocks that some row sees, which may be one that no voter sees
+    pack = tl.program_id(1).to(tl.int64) * packs + local // (BLOCK_M // VOTES)
+    at = scores + pack * blocks * BLOCK_M + (local % (BLOCK_M // VOTES)) * VOTES + j[None, :]
+    top = tl.full([VOTES], EMPTY, tl.float32)
+    total = tl.zeros([VOTES], tl.float32)
     for start in tl.range(0, here, TILE):
         block = start + tl.arange(0, TILE)
-        inside = (block < here)[None, :] & (block[None, :] * ITEM <= t[:, None]) & chooses[:, None]
-        value = tl.load(at + block[None, :], mask=inside, other=EMPTY)
-        higher = tl.maximum(top, tl.max(value, 1))
-        total = total * tl.exp(top - higher) + tl.sum(tl.where(inside, tl.exp(value - higher[:, None]), 0.0), 1)
+        inside = (block < here)[:, None] & (block[:, None] * ITEM <= t[None, :]) & votes[None, :]
+        value = tl.load(at + block[:, None].to(tl.int64) * BLOCK_M, mask=inside, other=EMPTY)
+        higher = tl.maximum(top, tl.max(value, 0))
+        part = tl.sum(tl.where(inside, tl.exp(value - higher[None, :]), 0.0), 0)
+        total = total * tl.exp(top - higher) + part
         top = higher
     lse = top + tl.log(tl.where(total > 0.0, total, 1.0))
     low = tl.full([TILE], float("inf"), tl.float32)
     high = tl.full([TILE], float("-inf"), tl.float32)
     for start in tl.range(0, here, TILE):
         block = start + tl.arange(0, TILE)
-        inside = (block < here)[None, :] & (block[None, :] * ITEM <= t[:, None]) & chooses[:, None]
-        value = tl.load(at + block[None, :], mask=inside, other=EMPTY)
-        mass = tl.sum(tl.where(inside, tl.exp(value - lse[:, None]), 0.0), 0) / tl.maximum(count, 1)
+        inside = (block < here)[:, None] & (block[:, None] * ITEM <= t[None, :]) & votes[None, :]
+        value = tl.load(at + block[:, None].to(tl.int64) * BLOCK_M, mask=inside, other=EMPTY)
+        mass = tl.sum(tl.where(inside, tl.exp(value - lse[None, :]), 0.0), 1) / tl.maximum(count, 1)
         value = tl.where(mass > 0.0, tl.maximum(tl.log(tl.maximum(mass, 1e-37)), -99.0), -100.0)
         tl.store(masses + line * blocks + block, value, mask=block < here)
         low = tl.minimum(low, tl.where(block < here, value, float("inf")))
@@ -118,7 +149,7 @@ def _group_edges(
     for _ in tl.range(0, tl.where(here > 0, PASSES, 0)):
         mass, number = _above(
             masses, line, blocks, newest + 1, recent, 0, here, 0.0, edge, edge_far, step,
-            SINKS, MIN_KEEP, ITEM, TILE, WAYS,
+            SINKS, MIN_KEEP, ITEM, FAST, WAYS,
         )  # fmt: skip
         edge, edge_far, step = _narrowed(mass, number, edge, edge_far, step, P, MIN_KEEP, WAYS)
     tl.store(edges + line * 2, edge)
@@ -129,23 +160,21 @@ def _group_edges(
 def _group_lists(
     masses, edges, first, group0, rows, scored, blocks,
     lists, counts,
-    EVERY: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, MIN_CONTEXT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, ITEM: tl.constexpr, UNION: tl.constexpr, SLACK: tl.constexpr,
-    TILE: tl.constexpr,
+    ALL: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, MIN_CONTEXT: tl.constexpr,
+    ROWS: tl.constexpr, ITEM: tl.constexpr, UNION: tl.constexpr, SLACK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (group, set, sequence): the blocks kept, ascending. A set is a scored head's, or the union of all."""
     local, which, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    t, _, chooses = _rows_of(group0 + local, tl.load(first + b), rows, MIN_CONTEXT, ROWS, BLOCK_M)
-    newest = tl.max(tl.where(chooses, t, -1), 0)
-    recent = tl.min(tl.where(chooses, t, 2147483647), 0) - RECENT + 1
-    here = tl.where(newest >= 0, newest // ITEM + 1, 0)
+    oldest, newest = _span(group0 + local, tl.load(first + b), rows, MIN_CONTEXT, ROWS)
+    recent = oldest - RECENT + 1
+    here = tl.where(newest >= oldest, newest // ITEM + 1, 0)
     mine = (b * tl.num_programs(1) + which).to(tl.int64) * tl.num_programs(0) + local
     count = 0
     for start in tl.range(0, here, TILE):
         block = start + tl.arange(0, TILE)
         begin = block * ITEM
         keep = (begin < SINKS) | (begin + ITEM > recent)
-        if EVERY:
+        if ALL:
             keep = begin >= 0
         else:
             for other in tl.static_range(UNION):
@@ -174,8 +203,11 @@ def _block_prefill(
     head = tl.load(heads + tl.program_id(1)).to(tl.int64)
     kv = tl.load(kv_heads + tl.program_id(1)).to(tl.int64)
     mine = (b * all_sets + tl.load(sets + tl.program_id(1))) * tl.num_programs(0) + local
-    t, row, chooses = _rows_of(group0 + local, tl.load(first + b), rows, MIN_CONTEXT, ROWS, BLOCK_M)
-    oldest = tl.min(tl.where(chooses, t, 2147483647), 0)
+    begin = tl.load(first + b)
+    oldest, newest = _span(group0 + local, begin, rows, MIN_CONTEXT, ROWS)
+    t = (group0 + local) * ROWS + tl.arange(0, BLOCK_M)
+    row = t - begin
+    chooses = (t >= oldest) & (t <= newest)
     d = tl.arange(0, BLOCK_D)
     wide = d < DIM
     q_at = q + b * q_batch + head * q_head + row[:, None].to(tl.int64) * q_row + d[None, :]
@@ -188,13 +220,16 @@ def _block_prefill(
     count = tl.load(counts + mine) * ITEM
     for start in tl.range(0, count, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
-        n = tl.load(lists + mine * blocks + i // ITEM, mask=i < count, other=0) * ITEM + i % ITEM
-        # What lies behind the oldest row is behind all rows but needs no mask; there are few such blocks.
-        seen = (i < count)[None, :] & (n[None, :] <= t[:, None])
-        inside = (i < count) & (n <= oldest + BLOCK_M)
+        if ITEM % BLOCK_N == 0:  # one block holds the tile: its keys lie side by side
+            n = tl.load(lists + mine * blocks + start // ITEM) * ITEM + start % ITEM + tl.arange(0, BLOCK_N)
+        else:
+            n = tl.load(lists + mine * blocks + i // ITEM, mask=i < count, other=0) * ITEM + i % ITEM
+        # What lies behind the group's rows is in no store yet.
+        inside = (i < count) & (n <= newest)
         at = n.to(tl.int64)
         keys = tl.load(k_at + at[None, :] * k_row, mask=wide[:, None] & inside[None, :], other=0.0)
         values = tl.load(v_at + at[:, None] * v_row, mask=inside[:, None] & wide[None, :], other=0.0)
+        seen = inside[None, :] & (n[None, :] <= t[:, None])
         s = tl.where(seen, tl.dot(query, keys, input_precision="tf32x3"), float("-inf"))
         acc, total, top = fold(acc, total, top, s, values, SCALE)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -217,14 +252,14 @@ def group_range(first: int, rows: int, lines: int, selector: Selector) -> list[t
     lines: sequences x scored heads.
     """
     start, stop = max(0, first) // selector.query_block, (first + rows - 1) // selector.query_block + 1
-    each = 4 * lines * _rows(selector) * triton.cdiv(first + rows, selector.block)
+    each = 4 * lines * _votes(selector) * triton.cdiv(first + rows, selector.block)
     step = max(16, HELD // each)
     return [(group, min(step, stop - group)) for group in range(start, stop, step)]
 
 
-def _rows(selector: Selector) -> int:
-    """Rows of a program's tile: a group's, rounded up to what the tensor cores take."""
-    return max(16, int(triton.next_power_of_2(selector.query_block)))
+def _votes(selector: Selector) -> int:
+    """Rows of a group that vote, rounded up to a power of two."""
+    return int(triton.next_power_of_2(-(-selector.query_block // selector.vote_every)))
 
 
 def choose_lists(
@@ -241,29 +276,34 @@ def choose_lists(
     """
     batch, scored, rows, rank = queries.shape
     item = selector.block
-    blocks, size = triton.cdiv(tokens, item), _rows(selector)
+    blocks, votes = triton.cdiv(tokens, item), _votes(selector)
+    size = max(64, votes)
+    packs = triton.cdiv(groups, size // votes)
     union = selector.scope == "layer"
-    every = selector.top_p >= 1
-    wide = max(WIDE // size, item)
     masses, edges = queries.new_empty(batch, scored, groups, blocks), queries.new_empty(batch, scored, groups, 2)
-    shape = {"MIN_CONTEXT": min_context, "ROWS": selector.query_block, "BLOCK_M": size, "ITEM": item}
+    shape = {"MIN_CONTEXT": min_context, "ROWS": selector.query_block, "ITEM": item}
+    voting = {"EVERY": selector.vote_every, "VOTES": votes, "BLOCK_M": size}
     forced = {"SINKS": selector.sinks, "RECENT": max(1, selector.recent), "MIN_KEEP": -(-selector.min_keep // item)}
-    if not every:
-        scores = queries.new_empty(batch, scored, groups, size, blocks)
-        _block_scores[triton.cdiv(blocks * item, wide), groups, batch * scored](
-            queries, index, first, group, rows, scored, blocks, *index.stride()[:3], scores,
-            RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)), WIDE=wide, **shape, num_warps=4,
+    if selector.top_p < 1:
+        scores = queries.new_empty(batch, scored, packs, blocks, size)
+        keys = max(16, item)
+        _block_scores[triton.cdiv(blocks * item, max(WIDE, keys)), packs, batch * scored](
+            queries, index, first, group, groups, rows, scored, blocks, *index.stride()[:3], scores,
+            RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)), BLOCK_N=keys, WIDE=max(WIDE, keys),
+            EXACT=index.element_size() > 2, **shape, **voting, num_warps=4, num_stages=3,
         )  # fmt: skip
         _group_edges[groups, batch * scored](
-            scores, first, group, rows, scored, blocks, masses, edges,
-            P=selector.top_p, TILE=64, WAYS=WAYS, PASSES=PASSES, **forced, **shape, num_warps=4,
+            scores, first, group, rows, scored, blocks, packs, masses, edges,
+            P=selector.top_p, TILE=max(16, 4096 // votes), FAST=256, WAYS=WAYS, PASSES=PASSES, **forced, **shape,
+            **voting, num_warps=4,
         )  # fmt: skip
     sets = 1 if union else scored
     lists = torch.empty(batch, sets, groups, blocks, dtype=torch.int32, device=queries.device)
     counts = torch.empty(batch, sets, groups, dtype=torch.int32, device=queries.device)
     _group_lists[groups, sets, batch](
         masses, edges, first, group, rows, scored, blocks, lists, counts,
-        EVERY=every, UNION=scored if union else 1, SLACK=-math.log1p(-TIE), TILE=256, **forced, **shape, num_warps=4,
+        ALL=selector.top_p >= 1, UNION=scored if union else 1, SLACK=-math.log1p(-TIE), TILE=256, **forced, **shape,
+        num_warps=4,
     )  # fmt: skip
     return Lists(group, lists, counts)
 
@@ -282,11 +322,13 @@ def block_prefill(
     batch, _, rows, dim = q.shape
     _, all_sets, groups, blocks = chosen.lists.shape
     block_d = triton.next_power_of_2(dim)
-    # With fewer than three stages Triton does not pipeline loads through a list.
+    keys = min(64 if block_d <= 128 else 32, max(16, selector.block))
+    # Keys of blocks smaller than a tile are gathered; only what lies side by side is loaded ahead.
+    stages = 3 if selector.block >= keys and q.element_size() == 2 else 1
     _block_prefill[groups, len(heads), batch](
         q, k, v, heads, kv_heads, sets, first, chosen.lists, chosen.counts, chosen.group, rows, blocks, all_sets,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], out,
         SCALE=scale * math.log2(math.e), MIN_CONTEXT=min_context, ROWS=selector.query_block,
-        BLOCK_M=_rows(selector), ITEM=selector.block,
-        DIM=dim, BLOCK_D=block_d, BLOCK_N=64 if block_d <= 128 else 32, num_warps=4, num_stages=3,
+        BLOCK_M=max(16, int(triton.next_power_of_2(selector.query_block))), ITEM=selector.block,
+        DIM=dim, BLOCK_D=block_d, BLOCK_N=keys, num_warps=4, num_stages=stages,
     )  # fmt: skip

@@ -106,14 +106,23 @@ class KernelLayer(PlanLayer):
                     store[b].index_copy_(0, slot[b], new[b])
         after = torch.maximum(self.lengths, (number.amax(1) + 1).to(torch.int32))
         if self.local_kv:
-            self._store_recent(k[:, list(self.local_kv)], v[:, list(self.local_kv)], number, after)
+            local, begin, sinks = list(self.local_kv), 0, 0
+            if not padded:  # what is neither a sink nor among the newest is not even copied
+                begin = max(0, rows - self.ring)
+                sinks = max(0, min(self.sinks - self.length, begin))
+            k, v = (torch.cat((x[:, local, :sinks], x[:, local, begin:]), 2) for x in (k, v))
+            self._store_recent(k, v, torch.cat((number[:, :sinks], number[:, begin:]), 1), after, padded)
         self.lengths.copy_(after)
         self.length += rows
 
-    def _store_recent(self, k: Tensor, v: Tensor, number: Tensor, after: Tensor) -> None:
+    def _store_recent(self, k: Tensor, v: Tensor, number: Tensor, after: Tensor, padded: bool) -> None:
         """Sinks, and the newest ``ring`` tokens: no slot is written twice, so the order of writing does not matter."""
         live = (number >= 0) & ((number < self.sinks) | (number >= after[:, None] - self.ring))
         slot = self.slot_of(number.clamp_min(0))
+        if not padded:  # all of them, and nothing waits for the device
+            for store, new in zip(self.near, (k, v), strict=True):
+                store.scatter_(2, slot[:, None, :, None].expand(new.shape), new)
+            return
         for b in range(len(k)):
             columns = live[b].nonzero()[:, 0]
             for store, new in zip(self.near, (k, v), strict=True):
@@ -165,6 +174,7 @@ class Tables:
         self.retrieval_kv_heads = [h // group for h in layer.retrieval]
         self.retrieval, self.retrieval_kv = ints(layer.retrieval), ints(self.retrieval_kv_heads)
         self.near, self.beside = grouped(evicted), grouped(windowed)
+        self.windowed = tuple(torch.cat(both) for both in zip(self.near, self.beside, strict=True))
         # Prefill: heads, and the KV head that each reads, in the call's own keys or in the store (``places``).
         self.near_heads = (ints(evicted), ints(h // group for h in evicted))
         self.near_places = (ints(evicted), ints(-1 - place[h // group] for h in evicted))

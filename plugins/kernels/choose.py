@@ -213,8 +213,8 @@ def search(
             sums[new], states[new], totals, edges,
             P=selector.top_p, SINKS=selector.sinks, RECENT=selector.recent,
             MIN_KEEP=-(-selector.min_keep // item), ITEM=item,
-            HELD=_held(items), TILE=128, WAYS=WAYS, PASSES=PASSES, ALONE=alone,
-            STEP=min(1024, triton.next_power_of_2(stats.shape[2])), SHARES=triton.next_power_of_2(shares), num_warps=8,
+            HELD=_held(items), TILE=1024, WAYS=WAYS, PASSES=PASSES, ALONE=alone,
+            STEP=min(1024, triton.next_power_of_2(stats.shape[2])), SHARES=triton.next_power_of_2(shares), num_warps=16,
         )  # fmt: skip
 
 

@@ -21,7 +21,8 @@ from sparsec.plugins.kernels.flash import fold
 from sparsec.plugins.selector import TIE
 
 GROUP = 16  # query heads a program: what the tensor cores take at least
-KEYS = 64  # keys a tile
+KEYS = 64  # keys a tile of a window, or of what ranges keep
+LISTED = 32  # keys a tile of a list: it is divided in such steps
 
 
 @triton.jit
@@ -54,21 +55,27 @@ def _leave(acc, total, top, head, b, share, layer_heads, most, d, wide, partial,
 
 @triton.jit
 def _window_decode(
-    q, k, v, lengths, heads, kv_heads,
-    q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, layer_heads, shares, most,
+    q, near_k, near_v, far_k, far_v, lengths, heads, kv_heads, near_groups,
+    q_batch, q_head, near_batch, near_head, near_row, far_batch, far_head, far_row, layer_heads, shares, most,
     partial, lse,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MIN_CONTEXT: tl.constexpr, RING: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (share of the keys, group, sequence). RING 0: slots are token numbers."""
+    """Program (share of the keys, group, sequence). The first groups read the ring, the others by token number."""
     share, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tl.load(lengths + b) + 1
     kv = tl.load(kv_heads + group).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     wide = d < DIM
     query, head = _queries(q, q_batch, q_head, heads, group, b.to(tl.int64), d, wide)
-    k_at = k + b.to(tl.int64) * k_batch + kv * k_head + d[:, None]
-    v_at = v + b.to(tl.int64) * v_batch + kv * v_head + d[None, :]
+    near = group < near_groups
+    if near:
+        at = b.to(tl.int64) * near_batch + kv * near_head
+        k_at, v_at = near_k + at, near_v + at
+    else:
+        at = b.to(tl.int64) * far_batch + kv * far_head
+        k_at, v_at = far_k + at, far_v + at
+    row = tl.where(near, near_row, far_row)
     count = tl.where(n <= MIN_CONTEXT, n, tl.minimum(n, SINKS + WINDOW))
     straight = tl.where(count == n, n, SINKS)  # so many of the keys are tokens 0, 1, …; the others end at the newest
     each = tl.cdiv(tl.cdiv(count, shares), BLOCK_N) * BLOCK_N
@@ -77,13 +84,15 @@ def _window_decode(
     acc = tl.zeros([16, BLOCK_D], tl.float32)
     total = tl.zeros([16], tl.float32)
     top = tl.full([16], float("-inf"), tl.float32)
-    for at in tl.range(start, stop, BLOCK_N):
-        i = at + tl.arange(0, BLOCK_N)
+    for first in tl.range(start, stop, BLOCK_N):
+        i = first + tl.arange(0, BLOCK_N)
         token = tl.where(i < straight, i, n - count + i)
         slot = token
         if RING > 0:
-            slot = tl.where(token < SINKS, token, SINKS + (token - SINKS) % RING)
-        acc, total, top = _tile(acc, total, top, query, k_at, v_at, slot, i < stop, k_row, v_row, wide, SCALE)
+            slot = tl.where((token < SINKS) | (near == 0), token, SINKS + (token - SINKS) % RING)
+        acc, total, top = _tile(
+            acc, total, top, query, k_at + d[:, None], v_at + d[None, :], slot, i < stop, row, row, wide, SCALE
+        )
     _leave(acc, total, top, head, b, share, layer_heads, most, d, wide, partial, lse, DIM)
 
 
@@ -141,6 +150,42 @@ def _chosen_decode(
     _leave(acc, total, top, head, b, share, layer_heads, most, d, wide, partial, lse, DIM)
 
 
+@triton.jit
+def _listed_decode(
+    q, k, v, lengths, heads, kv_heads, lists, counts, sets,
+    q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, layer_heads, most, all_sets, items,
+    partial, lse,
+    SCALE: tl.constexpr, ITEM: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (share of the list, group, sequence)."""
+    share, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tl.load(lengths + b) + 1
+    kv = tl.load(kv_heads + group).to(tl.int64)
+    line = (b * all_sets + tl.load(sets + group)).to(tl.int64)
+    keys = tl.load(counts + line) * ITEM
+    each = tl.cdiv(tl.cdiv(keys, tl.num_programs(0)), BLOCK_N) * BLOCK_N
+    start = share * each
+    stop = tl.minimum(start + each, keys)
+    mine = lists + line * items
+    d = tl.arange(0, BLOCK_D)
+    wide = d < DIM
+    query, head = _queries(q, q_batch, q_head, heads, group, b.to(tl.int64), d, wide)
+    k_at = k + b.to(tl.int64) * k_batch + kv * k_head + d[:, None]
+    v_at = v + b.to(tl.int64) * v_batch + kv * v_head + d[None, :]
+    acc = tl.zeros([16, BLOCK_D], tl.float32)
+    total = tl.zeros([16], tl.float32)
+    top = tl.full([16], float("-inf"), tl.float32)
+    for at in tl.range(start, stop, BLOCK_N):
+        i = at + tl.arange(0, BLOCK_N)
+        if ITEM % BLOCK_N == 0:  # one block holds the tile: its keys lie side by side
+            slot = tl.load(mine + at // ITEM) * ITEM + at % ITEM + tl.arange(0, BLOCK_N)
+        else:
+            slot = tl.load(mine + i // ITEM, mask=i < stop, other=0) * ITEM + i % ITEM
+        valid = (i < stop) & (slot < n)
+        acc, total, top = _tile(acc, total, top, query, k_at, v_at, slot, valid, k_row, v_row, wide, SCALE)
+    _leave(acc, total, top, head, b, share, layer_heads, most, d, wide, partial, lse, DIM)
+
+
 @triton.jit(do_not_specialize=["count_it"])
 def _combine(
     partial, lse, shares, most, layer_heads, o_batch, o_head, count_it, out, lengths,
@@ -172,11 +217,12 @@ def _combine(
 
 def window_decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    near: tuple[Tensor, Tensor],
+    far: tuple[Tensor, Tensor],
     lengths: Tensor,
     heads: Tensor,
     kv_heads: Tensor,
+    near_groups: int,
     window: Window,
     min_context: int,
     scale: float,
@@ -189,20 +235,55 @@ def window_decode(
 
     Args:
         q: [batch, heads of the layer, 1, head_dim].
-        k, v: [batch, KV heads, slots, head_dim].
+        near, far: keys and values, [batch, KV heads, slots, head_dim] each, of a ring and by token number.
         lengths: int32 [batch], tokens before the row's own, which is in the cache already.
         heads: int32 [groups, 16], -1 where there is none; kv_heads: int32 [groups], where each reads.
-        ring: slots behind the sinks that are used over again; 0: slots are token numbers.
+        near_groups: so many of the groups, the first ones, read ``near``.
+        ring: slots behind the sinks of ``near`` that are used over again.
         shares: how many programs divide a group's keys.
         partial, lse: float32 [batch, heads, most shares, head_dim] and [batch, heads, most shares].
     """
     batch, layer_heads, _, dim = q.shape
     _window_decode[shares, len(heads), batch](
-        q, k, v, lengths, heads, kv_heads,
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], layer_heads, shares, lse.shape[2],
+        q, *near, *far, lengths, heads, kv_heads, near_groups,
+        *q.stride()[:2], *near[0].stride()[:3], *far[0].stride()[:3], layer_heads, shares, lse.shape[2],
         partial, lse,
         SCALE=scale * math.log2(math.e), WINDOW=window.size, SINKS=window.sinks, MIN_CONTEXT=min_context,
         RING=ring, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_N=KEYS, num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
+def listed_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    heads: Tensor,
+    kv_heads: Tensor,
+    lists: Tensor,
+    counts: Tensor,
+    sets: Tensor,
+    item: int,
+    scale: float,
+    shares: int,
+    partial: Tensor,
+    lse: Tensor,
+) -> None:
+    """Retrieval heads: exact attention on listed items.
+
+    Args:
+        lists, counts: int32 [batch, sets, items] and [batch, sets], as :mod:`sparsec.plugins.kernels.lists` leaves
+            them; of a shared layer the full layer's below.
+        sets: int32 [groups], which list a group follows.
+        item: tokens an item.
+        Others: as in :func:`window_decode`.
+    """
+    batch, layer_heads, _, dim = q.shape
+    _listed_decode[shares, len(heads), batch](
+        q, k, v, lengths, heads, kv_heads, lists, counts, sets,
+        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], layer_heads, lse.shape[2], *lists.shape[1:], partial, lse,
+        SCALE=scale * math.log2(math.e), ITEM=item, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_N=LISTED,
+        num_warps=4, num_stages=4,
     )  # fmt: skip
 
 
@@ -224,7 +305,7 @@ def chosen_decode(
     partial: Tensor,
     lse: Tensor,
 ) -> None:
-    """Retrieval heads: exact attention on what the selector keeps.
+    """Retrieval heads: exact attention on what the selector keeps, where its items are too many for one list.
 
     Args:
         values: float32 [batch, scored heads, items], totals: [batch, scored heads], edges: [batch, scored heads, 2],

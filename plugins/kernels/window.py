@@ -145,4 +145,4 @@ def tiles(block_d: int, element_size: int) -> tuple[int, int, int, int]:
     """Rows and keys a tile, warps and pipeline stages: what fits a Hopper multiprocessor's 227 KiB."""
     if element_size > 2:
         return 64, 32, 4, 2
-    return (128, 128, 8, 2) if block_d <= 128 else (128, 64, 8, 2)
+    return (128, 128, 8, 3) if block_d <= 128 else (128, 64, 8, 2)
