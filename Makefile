@@ -56,8 +56,9 @@ table: $(VENV)/.dev texts
 	$(TRAIN) --passes razor -o out/razor
 	$(TRAIN) --passes rtpurbo -o out/rtpurbo
 	$(TRAIN) --passes rtpurbo,distill -o out/distilled
-	$(BIN)/sparsec eval out/rtpurbo out/razor out/distilled --text texts/eval --lengths 2048,4096,8000 --tasks needles \
-	  --prompts 100 --windows 16 --device cuda --dtype bfloat16 --batch-size 50 -o benchmarks/results/distill-demo.json
+	$(BIN)/sparsec eval out/rtpurbo out/razor out/distilled --text texts/eval --lengths 2048,4096,8000 \
+	  --tasks kv,multikey,passkey --prompts 100 --windows 16 --device cuda --dtype bfloat16 --batch-size 50 --kernels auto \
+	  -o benchmarks/results/distill-demo.json
 	$(BIN)/python benchmarks/tables.py
 
 # May take an hour on two cores; on a GPU: make bench ON="--device cuda --dtype bfloat16 --batch-size 50"

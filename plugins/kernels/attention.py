@@ -137,59 +137,57 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
         q, k, v, rope, projections, cache.lengths, tables.kv_place, tables.retrieval, tables.retrieval_kv,
         cache.near, cache.far, cache.index, queries, cache.sinks,
     )  # fmt: skip
-    scores = None
-    if indexed and rt.layer.index == "full":
-        scores = _scored(rt, cache, queries, item, items)
     where = (q, cache.near, cache.far, cache.lengths)
-    # Scoring takes all the bandwidth there is; the search, which takes none, leaves it to the windows.
-    with _beside(q.device) as join:
-        if len(tables.windowed[0]):
-            decode.window_decode(
-                *where, *tables.windowed, len(tables.near[0]), cache.window, plan.min_context, scale, cache.ring,
-                shares, partial, lse,
-            )  # fmt: skip
-    if indexed:
-        assert selector is not None
-        if scores is not None:
-            found = _listed(rt, cache.lengths, scores[0]) if listed else _searched(rt, cache.lengths, *scores)
-            step.kernel_sets = {rt.number: found}  # shared layers read this one alone
-        found = step.kernel_sets[plan.index_source(rt.number)]
-        if listed:
-            decode.listed_decode(
-                q, *cache.far, cache.lengths, *tables.chosen, *found, tables.sets, item, scale, ranges, partial, lse
-            )
-        else:
-            scratch = torch.empty(batch, len(tables.sets), ranges, size, dtype=torch.int32, device=q.device)
-            decode.chosen_decode(
-                q, *cache.far, cache.lengths, *tables.chosen, *found, tables.sets, selector, plan.min_context, scale,
-                scratch, partial, lse,
-            )  # fmt: skip
-    elif len(tables.retrieval):
-        endless = Window(size=ALL, sinks=0)
-        decode.window_decode(*where, *tables.chosen, 0, endless, 0, scale, cache.ring, ranges, partial, lse)
+    with _ahead(q.device) as join:
+        if indexed:
+            assert selector is not None
+            if rt.layer.index == "full":
+                scores = _scored(rt, cache, queries, item, items)
+                found = _listed(rt, cache.lengths, scores[0]) if listed else _searched(rt, cache.lengths, *scores)
+                step.kernel_sets = {rt.number: found}  # shared layers read this one alone
+            found = step.kernel_sets[plan.index_source(rt.number)]
+            if listed:
+                decode.listed_decode(
+                    q, *cache.far, cache.lengths, *tables.chosen, *found, tables.sets, item, scale, ranges, partial, lse
+                )
+            else:
+                scratch = torch.empty(batch, len(tables.sets), ranges, size, dtype=torch.int32, device=q.device)
+                decode.chosen_decode(
+                    q, *cache.far, cache.lengths, *tables.chosen, *found, tables.sets, selector, plan.min_context,
+                    scale, scratch, partial, lse,
+                )  # fmt: skip
+        elif len(tables.retrieval):
+            endless = Window(size=ALL, sinks=0)
+            decode.window_decode(*where, *tables.chosen, 0, endless, 0, scale, cache.ring, ranges, partial, lse)
+    if len(tables.windowed[0]):
+        decode.window_decode(
+            *where, *tables.windowed, len(tables.near[0]), cache.window, plan.min_context, scale, cache.ring, shares,
+            partial, lse,
+        )  # fmt: skip
     join()
     decode.combine(partial, lse, tables.shares(shares, ranges), out, cache.lengths, step.commit)
     cache.length += int(step.commit)
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """What is launched inside runs beside what follows, until the yielded function is called.
+def _ahead(device: torch.device) -> Iterator[Callable[[], None]]:
+    """What is launched inside goes before what follows, which fills the gaps until the yielded function is called.
 
-    Only a captured graph gains by it: there the branches cost nothing to launch.
+    Only a captured graph gains by it: there a second stream costs nothing to launch.
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         yield lambda: None
         return
-    main, side = torch.cuda.current_stream(device), _side_stream(device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        yield lambda: main.wait_stream(side)
+    main, first = torch.cuda.current_stream(device), _first_stream(device)
+    first.wait_stream(main)
+    with torch.cuda.stream(first):
+        yield lambda: main.wait_stream(first)
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _first_stream(device: torch.device) -> torch.cuda.Stream:
+    """Its kernels' programs start before those of other streams."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _scored(rt: LayerRuntime, cache: KernelLayer, queries: Tensor, item: int, items: int) -> tuple[Tensor, Tensor]:

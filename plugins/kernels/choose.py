@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsec.plan import Selector
 from sparsec.plugins.selector import TIE
 
-CHUNK = 1024  # tokens a scoring program
+CHUNK, WARPS = 1024, 4  # tokens and warps a scoring program
 WAYS = 32
 PASSES = 4
 HELD, SHARES = 2048, 64  # items a search program, until so many programs divide a head's items
@@ -185,7 +185,7 @@ def score(index: Tensor, queries: Tensor, lengths: Tensor, item: int, values: Te
     batch, scored, _, rank = index.shape
     _score[stats.shape[2], scored, batch](
         index, queries, lengths, *index.stride()[:3], scored, values.shape[2], values, stats,
-        RANK=rank, BLOCK_R=triton.next_power_of_2(rank), ITEM=item, CHUNK=CHUNK, num_warps=4,
+        RANK=rank, BLOCK_R=triton.next_power_of_2(rank), ITEM=item, CHUNK=CHUNK, num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from sparsec.plugins.selector import TIE
 
 GROUP = 16  # query heads a program: what the tensor cores take at least
 KEYS = 64  # keys a tile of a window, or of what ranges keep
-LISTED = 32  # keys a tile of a list: it is divided in such steps
+LISTED, STAGES = 32, 4  # keys a tile of a list, which is divided in such steps, and tiles under way
 
 
 @triton.jit
@@ -283,7 +283,7 @@ def listed_decode(
         q, k, v, lengths, heads, kv_heads, lists, counts, sets,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], layer_heads, lse.shape[2], *lists.shape[1:], partial, lse,
         SCALE=scale * math.log2(math.e), ITEM=item, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_N=LISTED,
-        num_warps=4, num_stages=4,
+        num_warps=4, num_stages=STAGES,
     )  # fmt: skip
 
 

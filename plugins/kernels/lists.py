@@ -18,7 +18,7 @@ from sparsec.plugins.kernels.choose import _narrowed
 from sparsec.plugins.selector import TIE
 
 LARGEST = 32768  # items a head: 2M tokens in blocks of 64
-WAYS, PASSES = 8, 7
+WAYS, PASSES, WARPS = 8, 7, 8
 
 
 @triton.jit
@@ -67,22 +67,24 @@ def _search_held(
     line = (b * scored + h).to(tl.int64)
     at = values + line * items
     i = tl.arange(0, TILE)
-    tops = tl.full([TILE], float("-inf"), tl.float32)
-    lows = tl.full([TILE], float("inf"), tl.float32)
-    for start in tl.range(0, here, TILE):
-        tops = tl.maximum(tops, tl.load(at + start + i, mask=start + i < here, other=float("-inf")))
-        lows = tl.minimum(lows, tl.load(at + start + i, mask=start + i < here, other=float("inf")))
+    value = tl.load(at + i, mask=i < here, other=float("-inf"))  # of the first tile, or of all
+    tops, lows = value, tl.where(i < here, value, float("inf"))
+    if not ONE:
+        for start in tl.range(TILE, here, TILE):
+            more = tl.load(at + start + i, mask=start + i < here, other=float("-inf"))
+            tops = tl.maximum(tops, more)
+            lows = tl.minimum(lows, tl.where(start + i < here, more, float("inf")))
     top = tl.max(tops, 0)
-    sums = tl.zeros([TILE], tl.float32)
-    for start in tl.range(0, here, TILE):
-        sums += tl.exp(tl.load(at + start + i, mask=start + i < here, other=float("-inf")) - top)
+    sums = tl.exp(value - top)
+    if not ONE:
+        for start in tl.range(TILE, here, TILE):
+            sums += tl.exp(tl.load(at + start + i, mask=start + i < here, other=float("-inf")) - top)
     lse = top + tl.log(tl.sum(sums, 0))
     # A weight below exp(-100) is nothing to float32. The margin keeps the smallest item above the interval's low end.
     low = tl.maximum(tl.min(lows, 0), lse - 100.0) - 1e-3
     low_far = low
     step = (top - low) / WAYS
     j = tl.arange(0, WAYS)
-    value = tl.load(at + i, mask=i < here, other=float("-inf"))
     for _ in tl.range(0, PASSES):
         if ONE:
             mass, number = _above_of(
@@ -175,7 +177,7 @@ def kept(
     options = {
         "SINKS": selector.sinks, "RECENT": selector.recent, "MIN_KEEP": -(-selector.min_keep // item),
         "MIN_CONTEXT": min_context, "ITEM": item, "TILE": tile, "SLACK": -math.log1p(-TIE),
-        "num_warps": min(16, max(4, tile // 256)),
+        "num_warps": min(WARPS, max(4, tile // 256)),
     }  # fmt: skip
     if selector.top_p < 1:
         _search_held[scored, batch](
