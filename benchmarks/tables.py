@@ -8,6 +8,7 @@ passes    distill-demo.json, the same of several artifacts: make table
 indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
 cheaper   the same: HISA and MISA
+kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the fastest dense kernel
 """
 
 from __future__ import annotations
@@ -102,6 +103,34 @@ def cheaper(result: Mapping[str, Any]) -> str:
     return "\n".join([*_markdown(head, rows, 1), "", _made(result)])
 
 
+def kernels(result: Mapping[str, Any]) -> str:
+    """The result of benchmarks/kernels.py as Markdown: prompts and decode of one layer."""
+    rows = []
+    for name, one in result["prefill"].items():
+        way, length = name.rsplit(" ", 1)
+        if "failed" not in one:
+            dense, best = min((value, kind) for kind, value in one["dense_ms"].items())
+            times = [f"{one['ours_ms']:.1f} ms", f"{dense:.1f} ms ({best})", f"{one['speedup']:.1f}x"]
+            rows.append([f"{int(length):,}", f"prompt, {way}", *times, f"{one['local_over_floor']:.2f}"])
+    for name, one in result["decode"].items():
+        granularity, length, rate = name.split(" ")
+        if "failed" not in one:
+            dense, best = min((value, kind) for kind, value in one["dense_us"].items())
+            times = [f"{one['ours_us']:.0f} us", f"{dense:.0f} us ({best})", f"{one['speedup']:.1f}x"]
+            what = f"decode, {float(rate):.0%} kept by {granularity}s"
+            rows.append([f"{int(length):,}", what, *times, f"{one['ours_us'] / one['floor_us']:.2f}"])
+    rows.sort(key=lambda row: int(row[0].replace(",", "")))
+    head = ["tokens", "", "the plan", "dense", "faster", "times its floor"]
+    top = result["ceilings"]
+    floor = (
+        "Floor: of prompts that of the local heads' operations at 600 TFLOP/s, by which their kernel's time is "
+        "divided; of decode that of all bytes read at 2.8 TB/s. This device copied at "
+        f"{top['bandwidth'] / 1e12:.1f} TB/s and multiplied at {top['matrix'] / 1e12:.0f} TFLOP/s."
+    )
+    made = f"{result['device']}, torch {result['versions']['torch']}: `{result['command']}`."
+    return "\n".join([*_markdown(head, rows, 2), "", f"{floor} {made}"])
+
+
 def _answers(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['accuracy']:.1%}", f"{row['nats']:.4f} ± {row['error']:.4f}"]
 
@@ -125,6 +154,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "passes": ("distill-demo", "make table", evaluation),
     "sharing": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", sharing),
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
+    "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
 }
 

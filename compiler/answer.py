@@ -24,7 +24,7 @@ def answer(
     chat: bool,
     device: str,
     dtype: str,
-    kernels: Kernels = "reference",
+    kernels: Kernels = "auto",
     stream: bool,
 ) -> dict[str, Any]:
     """Generate; with ``stream`` the text is printed as it comes.

@@ -39,6 +39,7 @@ from sparsec.plugins.runtime import indexer_tensors, install, kv_bytes, new_cach
 CHUNK = 16384  # tokens of a prompt a forward: activations of a whole long prompt are gigabytes
 WHOLE = 131072  # up to here dense reads a prompt in one forward, which its kernels like best
 REPEATS = 3  # prompts; the first one only warms up
+LONG = 5.0  # seconds from which on a prompt is timed once
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,8 @@ def _timed(
         with _clock(prompts) as seconds:
             token = _prompt(model, prompts, cache, chunk)
         prefill.append(seconds())
+        if len(prefill) > 1 and prefill[-1] > LONG:
+            break
     resident = _resident(cache)
     steps: list[float] = []
     step = _stepper(model, cache, token, tokens, graphs and prompts.is_cuda)

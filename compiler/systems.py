@@ -94,7 +94,7 @@ def evaluate_artifacts(
     device: str = "cpu",
     dtype: str = "auto",
     cache_dir: Path,
-    kernels: Kernels = "reference",
+    kernels: Kernels = "auto",
     listen: Listener = silent,
 ) -> dict[str, Any]:
     """Measure artifacts beside the systems ``names`` (``artifact``: all; None: all that there are) on held-out text.
@@ -171,7 +171,7 @@ class Base:
         device: str,
         dtype: str,
         cache_dir: Path,
-        kernels: Kernels = "reference",
+        kernels: Kernels = "auto",
     ) -> None:
         check_dtype(dtype)
         device_map(device)

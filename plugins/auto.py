@@ -21,7 +21,7 @@ from sparsec.errors import ArtifactError
 from sparsec.layout import PLAN_KEY, TENSORS
 from sparsec.plan import Plan
 from sparsec.plugins.families import FAMILIES
-from sparsec.plugins.runtime import indexer_tensors, install, rows_as, tensor_names
+from sparsec.plugins.runtime import indexer_tensors, install, rows_as, tensor_names, use_kernels
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -33,7 +33,10 @@ class SparseMixin:
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers', then the plan of config.json is installed; with none this is the dense model."""
+        """As Transformers', then the plan of config.json is installed; with none this is the dense model.
+
+        On a GPU Triton's kernels run it where they can; :func:`sparsec.plugins.runtime.use_kernels` changes that.
+        """
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         loaded = super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -41,6 +44,7 @@ class SparseMixin:
         if data is not None:
             plan = Plan.parse(data)
             install(model, plan, _added_tensors(name, plan, hub))
+            use_kernels(model, "auto")
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:

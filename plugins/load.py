@@ -25,14 +25,15 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-def load(path: str | Path, *, device: str = "cpu", dtype: str = "auto", kernels: Kernels = "reference") -> Loaded:
+def load(path: str | Path, *, device: str = "cpu", dtype: str = "auto", kernels: Kernels = "auto") -> Loaded:
     """A model whose ``generate()`` runs the artifact's plan.
 
     Args:
         path: a local artifact; for one on the Hub, ``import sparsec`` and ``AutoModelForCausalLM.from_pretrained``.
         device: ``cpu``, ``cuda``, ``cuda:<n>`` or ``auto``.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as stored).
-        kernels: ``reference``, ``triton``, or ``auto``: Triton's kernels on a GPU where they can run the plan.
+        kernels: ``auto``: Triton's kernels on a GPU where they can run the plan, else the reference; ``reference``;
+            ``triton``.
 
     Raises:
         UsageError: an unknown device or dtype, a GPU that is not there, or kernels that cannot run there.

@@ -41,9 +41,9 @@ EXECUTED = {  # for real, in a folder where out/demo is a small artifact
 }
 PARSED = {  # minutes of work: name, options and their types are checked
     "sparsec bench out/demo",
-    "sparsec bench --shape path/to/config.json --contexts 131072,1048576 --device cuda --kernels triton",
-    "sparsec bench out/demo --device cuda --dtype bfloat16 --kernels triton -o bench.json",
-    'sparsec generate out/demo "Why is the sky blue?" --device cuda --kernels triton',
+    "sparsec bench --shape path/to/config.json --contexts 131072,1048576 --device cuda",
+    "sparsec bench out/demo --device cuda --dtype bfloat16 -o bench.json",
+    'sparsec generate out/demo "Why is the sky blue?" --device cuda',
     "sparsec compile path/to/dsa-model --passes indexcache --keep 25% -o out/model",
     "sparsec compile path/to/dsa-model --passes indexcache,hisa -o out/model",
     "sparsec compile path/to/dsa-model --passes indexcache,misa --set misa.two_stage=true -o out/model",

@@ -21,7 +21,7 @@ HELP = {
     "device": "cpu, cuda, cuda:N, or auto (spread over what is there).",
     "dtype": "float32, bfloat16, float16, or auto (as stored).",
     "tasks": "Answered by generating: names, or the groups needles, ruler, threads, all; docs/evaluation.md says what.",
-    "kernels": "What runs the plan: PyTorch, Triton's kernels, or those on a GPU where they can.",
+    "kernels": "What runs the plan: Triton's kernels, PyTorch, or the kernels on a GPU where they can.",
     "shape": "A config.json, or a folder with one, instead of an artifact: random weights and a made-up plan.",
     "systems": "Side by side, artifact: all.  [default: dense,window,split,artifact; of DSA models dense,artifact]",
     "contexts": "Also take the text loss after so many shorter prompts of each window, evenly spread.",
@@ -46,7 +46,7 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def kernels_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--kernels``."""
     choice = click.Choice(["reference", "triton", "auto"])
-    return click.option("--kernels", default="reference", show_default=True, type=choice, help=HELP["kernels"])(command)
+    return click.option("--kernels", default="auto", show_default=True, type=choice, help=HELP["kernels"])(command)
 
 
 def check_place(out: Path | None, option: str = "-o") -> None:
