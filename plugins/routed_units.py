@@ -12,6 +12,7 @@ A token runs the unit where score >= the plan's threshold. No noise: the paper's
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +24,15 @@ PLACES: dict[Unit, str] = {"attention": "self_attn", "mlp": "mlp"}  # in the nam
 Shapes = dict[str, tuple[int, ...]]
 
 
-def forecaster_shapes(routing: Routing) -> Shapes:
+def forecaster_shapes(width: int, rank: int) -> Shapes:
     """Tensors of one forecaster; none where the rank is 0."""
-    rank, width = routing.rank, routing.width
     if not rank:
         return {}
     return {"down.weight": (rank, width), "down.bias": (rank,), "up.weight": (width, rank), "up.bias": (width,)}
 
 
-def router_shapes(routing: Routing) -> Shapes:
+def router_shapes(width: int, hidden: int) -> Shapes:
     """Tensors of one router."""
-    width, hidden = routing.width, routing.hidden
     shapes: Shapes = {"linear.weight": (1, width), "linear.bias": (1,)}
     if hidden:
         shapes |= {"inner.weight": (hidden, width), "inner.bias": (hidden,), "out.weight": (1, hidden)}
@@ -49,10 +48,14 @@ def routing_names(plan: Plan) -> Shapes:
     """Every tensor that a plan's routing needs, with its shape."""
     if plan.routing is None:
         return {}
-    parts = {"forecaster": forecaster_shapes(plan.routing), "router": router_shapes(plan.routing)}
+    routing = plan.routing
+    parts = {
+        "forecaster": forecaster_shapes(routing.width, routing.rank),
+        "router": router_shapes(routing.width, routing.hidden),
+    }
     return {
         f"{prefix(layer, unit)}.{part}.{name}": shape
-        for layer, unit in plan.routing.units
+        for layer, unit in routing.units
         for part, shapes in parts.items()
         for name, shape in shapes.items()
     }
@@ -70,7 +73,7 @@ class Affine(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().float().clone(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
-        object.__setattr__(self, "copies", {})
+        self.copies: dict[Any, tuple[Tensor, Tensor | None]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in x's dtype."""
@@ -81,13 +84,10 @@ class Affine(nn.Module):
         if x.dtype == self.weight.dtype or self.weight.requires_grad:
             return self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         key = (x.dtype, x.device)
-        if key not in self.copies:  # type: ignore[operator]
-            self.copies[key] = (  # type: ignore[index]
-                self.weight.to(x.dtype),
-                None if self.bias is None else self.bias.to(x.dtype),
-            )
-        found: tuple[Tensor, Tensor | None] = self.copies[key]  # type: ignore[index]
-        return found
+        if key not in self.copies:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            self.copies[key] = (self.weight.to(x.dtype), bias)
+        return self.copies[key]
 
 
 class Forecaster(nn.Module):
@@ -133,7 +133,8 @@ def parts_of(
     def under(part: str, shapes: Shapes) -> dict[str, Tensor]:
         return {name: tensors[f"{prefix(layer, unit)}.{part}.{name}"] for name in shapes}
 
-    forecaster = (
-        Forecaster(under("forecaster", forecaster_shapes(routing)), routing.activation) if routing.rank else None
-    )
-    return forecaster, Router(under("router", router_shapes(routing)))
+    router = Router(under("router", router_shapes(routing.width, routing.hidden)))
+    if not routing.rank:
+        return None, router
+    shapes = forecaster_shapes(routing.width, routing.rank)
+    return Forecaster(under("forecaster", shapes), routing.activation), router

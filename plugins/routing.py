@@ -226,7 +226,7 @@ def keys_values(module: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
         k, v = _rows(module.qkv_proj, x, slice(module.o_proj.in_features, None)).chunk(2, -1)
     else:
         k, v = module.k_proj(x), module.v_proj(x)
-    k, v = (part.unflatten(-1, (-1, module.head_dim)) for part in (k, v))
+    k, v = (part.view(*part.shape[:-1], -1, module.head_dim) for part in (k, v))
     norm = getattr(module, "k_norm", None)
     k = norm(k) if norm is not None else k
     return k.transpose(1, 2), v.transpose(1, 2)
@@ -263,7 +263,7 @@ def _pick(run: Tensor, on: Tensor, pos: Tensor) -> tuple[Picked, Tensor, int]:
     columns = torch.zeros_like(numbers)
     numbers[places] = pos.flatten()[on]
     columns[places] = on % rows + 1
-    ends = F.pad(columns.view(batch, wide).amax(0), (0, -wide % PICKED)).view(-1, PICKED).amax(1) if wide else []
+    ends: Any = F.pad(columns.view(batch, wide).amax(0), (0, -wide % PICKED)).view(-1, PICKED).amax(1) if wide else []
     return Picked(numbers.view(batch, wide), tuple(map(int, ends)), rows), places, wide
 
 
