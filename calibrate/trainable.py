@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsec.errors import TrainingError
+from sparsec.plugins.routed_units import is_added
 
 Kind = Literal["lora", "all"]
 LARGE = 10**9  # weights above which activations are recomputed rather than held
@@ -36,7 +37,7 @@ def trainable(model: Any, kind: Kind, rank: int, checkpointing: bool | None, see
         wrapped = _with_lora(model, rank, seed)
     else:
         for name, weight in model.named_parameters():
-            weight.requires_grad_(".indexer." not in name and weight.is_floating_point())
+            weight.requires_grad_(not is_added(name) and weight.is_floating_point())
     if checkpointing is None:
         checkpointing = sum(w.numel() for w in model.parameters()) > LARGE
     if checkpointing:
@@ -57,7 +58,7 @@ def changed_weights(model: Any, before: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: weight.detach().cpu().clone()
         for name, weight in model.named_parameters()
-        if ".indexer." not in name and not torch.equal(weight.detach().cpu(), before[name])
+        if not is_added(name) and not torch.equal(weight.detach().cpu(), before[name])
     }
 
 

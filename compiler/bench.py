@@ -34,7 +34,7 @@ from sparsec.plugins.device import device_name
 from sparsec.plugins.families import native_local_layers
 from sparsec.plugins.kernels.support import Kernels, chosen, uncapturable
 from sparsec.plugins.load import load
-from sparsec.plugins.runtime import indexer_tensors, install, kv_bytes, new_cache, uninstall, use_kernels
+from sparsec.plugins.runtime import added_tensors, install, kv_bytes, new_cache, uninstall, use_kernels
 
 CHUNK = 16384  # tokens of a prompt a forward: activations of a whole long prompt are gigabytes
 WHOLE = 131072  # up to here dense reads a prompt in one forward, which its kernels like best
@@ -113,7 +113,7 @@ def bench(
     model, rows = subject.model, []
     plan: Plan = model.sparsec_plan
     on_kernels = chosen(kernels, plan, model.device, model.dtype)
-    tensors = indexer_tensors(model)
+    tensors = added_tensors(model)
     for context in contexts:
         prompts = subject.ids[None, :context].expand(batch, -1).to(model.device)
         for system in ("dense", "artifact") if dense else ("artifact",):

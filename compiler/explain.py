@@ -104,6 +104,9 @@ def _plan_lines(plan: Plan) -> list[str]:
             *["          one token more, the mean of all that left the window"] * plan.window.compensate,
             f"memory    {freed} of {plan.model.layers * plan.model.kv_heads} KV heads keep sinks and window only",
         ]
+    if (r := plan.routing) is not None:
+        what = f"forecasters of rank {r.rank}" if r.rank else "nothing in place of what is skipped"
+        lines.append(f"routing   attention of {len(r.attention)} layers, MLPs of {len(r.mlp)}; {what}")
     if plan.selector is not None:
         s = plan.selector
         unit = "tokens" if s.granularity == "token" else f"blocks of {s.block}"

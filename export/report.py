@@ -32,6 +32,7 @@ from sparsec.export.page import (
 )
 from sparsec.export.patterns import sharing
 from sparsec.export.repeated import chosen_prefill, repeats
+from sparsec.export.routing import routing
 from sparsec.export.selectors import selectors
 from sparsec.export.training import pass_costs, training
 from sparsec.export.words import (
@@ -81,6 +82,9 @@ def render_report(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping
     distilled = measured(measurements, "distill")
     if distilled is not None:
         body.append(training(distilled))
+    routed = measured(measurements, "informed-routing")
+    if routed is not None:
+        body.append(routing(routed))
     body.append(pass_costs(measurements))
     body += [_text(measurements), _recipe(manifest), _warnings(warnings), _foot(plan, manifest)]
     return page(f"{model_name(manifest)}: sparsec report", body)

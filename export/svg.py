@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
+from typing import Any
 
 from sparsec.export.words import MINUS, change
 from sparsec.plan import Plan
@@ -238,6 +239,27 @@ class _Scale:
             y = self.y(value)
             parts += [_line(0, y, 100, y, "grid"), _text(0, y - 4, words(round(value, 10)))]
         return parts
+
+
+def paths(sample: Mapping[str, Any]) -> str:
+    """Tokens across, routed units down, filled where the token runs the unit. sample: ``routing_paths.paths_of``'s."""
+    units, height, labelled = sample["units"], 7.0, set()
+    column, parts = (100 - GUTTER) / max(1, len(sample["tokens"])), []
+    for number, row in enumerate(units):
+        y = number * height
+        if row["layer"] % 5 == 0 and row["layer"] not in labelled:
+            labelled.add(row["layer"])
+            parts.append(_text(0, y + 9, f"layer {row['layer']}"))
+        name = "kept" if row["unit"] == "attention" else "local"
+        parts += [
+            _rect(GUTTER + at * column, y, column * 0.9, height - 1, name)
+            for at, ran in enumerate(row["ran"])
+            if ran == "1"
+        ]
+    pairs = sum(len(row["ran"]) for row in units)
+    share = sum(row["ran"].count("1") for row in units) / max(1, pairs)
+    label = f"Paths of {len(sample['tokens'])} tokens through {len(units)} units: {share:.0%} of the pairs run"
+    return drawing(len(units) * height + 6, label, parts, "paths")
 
 
 def _change(share: float) -> str:

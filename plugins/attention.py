@@ -22,7 +22,7 @@ from sparsec.plan import Dsa, LayerPlan, Plan
 from sparsec.plugins.blocks import Groups, choose_blocks, group_numbers, groups_of, kept_keys
 from sparsec.plugins.cache import SparseLayer
 from sparsec.plugins.compensation import Dropped, compensated
-from sparsec.plugins.masked import ROWS, dense, gathered, windowed
+from sparsec.plugins.masked import ROWS, Picked, dense, gathered, picked_rows, windowed
 from sparsec.plugins.selector import Indexer, causal, select, unrotate
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class Step:
     index_sets: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     beside: Dsa | None = None  # observers also see what a model's own indexers would choose in this way
     positions: Tensor | None = None  # [batch, keys] token numbers, -1 padding
+    keep: Tensor | None = None  # bool [batch, rows]: tokens that no router sends away
+    real: Tensor | None = None  # bool [batch, rows]: False is padding, which runs nothing; None: there is none
+    observe_paths: Callable[[int, str, Tensor], None] | None = None  # layer, unit, bool [batch, rows]: runs it
     padded: bool | None = None  # some of them are
     # On the kernels, by layer: what a decode row keeps by, and the blocks that a prompt's groups keep.
     kernel_sets: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -85,6 +88,8 @@ class LayerRuntime:
     evicted: Tensor  # local query heads on local KV heads
     windowed: Tensor  # local query heads on full KV heads
     retrieval: Tensor
+    picked: Picked | None = None  # this call's query rows, where they are not the last ones (routing.py)
+    away: Tensor | None = None  # bool [batch, rows]: decode rows of this call that were routed away
     rope: tuple[Tensor, Tensor] | None = None  # this call's cos, sin
     cache: SparseLayer | KernelLayer | None = None  # this call's cache
     step: Step | None = None
@@ -151,8 +156,8 @@ def sparsec_attention(
     if cache is not None and not isinstance(cache, SparseLayer):
         return _on_kernels(runtime, step, cache, query, key, value, attention_mask, scale), None
     past = cache.length if cache is not None else 0
-    if step.positions is None or step.positions.shape[1] != past + query.shape[2]:
-        step.positions = token_numbers(attention_mask, query.shape[0], past + query.shape[2], query.device)
+    if step.positions is None or step.positions.shape[1] != past + key.shape[2]:
+        step.positions = token_numbers(attention_mask, query.shape[0], past + key.shape[2], query.device)
     pos = step.positions.to(query.device)
     out = torch.empty_like(query)
     _local(runtime, step, query, key, value, pos, scale, out)
@@ -217,7 +222,7 @@ def _local(
     """Query heads whose KV heads are evicted: sinks and window out of the ring."""
     if not len(rt.evicted):
         return
-    rows = q.shape[2]
+    rows = k.shape[2]
     q_pos, k, v = pos[:, -rows:], k[:, rt.local_kv], v[:, rt.local_kv]
     store = rt.cache.local if rt.cache is not None else None
     heads = torch.searchsorted(rt.local_kv, rt.evicted // rt.plan.model.group)
@@ -251,6 +256,8 @@ def _near(
     if rt.plan.window.compensate:
         found: tuple[Tensor, Dropped] = compensated(q, k, v, heads, q_pos, k_pos, rt.plan, scale, dropped)
         return found
+    if rt.picked is not None:
+        return picked_rows(q, k, v, heads, rt.picked, k_pos, scale, rt.plan), None
     return windowed(q, k, v, heads, q_pos, k_pos, rt.plan, scale), None
 
 
@@ -260,7 +267,7 @@ def _full(
     """Query heads on KV heads that keep every token: retrieval heads and the local heads beside them."""
     if not len(rt.full_kv):
         return
-    cache, rows, group = rt.cache, q.shape[2], rt.plan.model.group
+    cache, rows, group = rt.cache, k.shape[2], rt.plan.model.group
     k, v = k[:, rt.full_kv], v[:, rt.full_kv]
     index = _index_keys(rt, k)
     if cache is not None and cache.full_keys is not None and cache.full_values is not None:
@@ -278,6 +285,9 @@ def _full(
             cache.dropped = dropped
     if len(rt.retrieval):
         heads = torch.searchsorted(rt.full_kv, rt.retrieval // group)
+        if rt.picked is not None:
+            out[:, rt.retrieval] = picked_rows(q[:, rt.retrieval], k, v, heads, rt.picked, pos, scale)
+            return
         q, k, v = q[:, rt.retrieval], k[:, heads], v[:, heads]
         prompt = min(step.prompt, rows) if step.decode and rt.layer.index != "none" else rows
         parts = []
@@ -343,7 +353,10 @@ def _selected(
         if step.observe is not None:
             visible = causal(q_pos, k_pos)
             heads = rt.layer.retrieval
-            part = (q[:, :, start:stop], k[:, :, :seen], keep, visible, scale, plan, q_pos, k_pos)
+            if rt.away is not None:  # these rows choose nothing, they are as good as padding
+                q_pos = q_pos.masked_fill(rt.away[:, start:stop], -1)
+                visible = causal(q_pos, k_pos)
+            part = (q[:, :, start:stop], k[:, :, :seen], keep & visible, visible, scale, plan, q_pos, k_pos)
             scores = partial(_scores, rt, q, start, stop, index, seen) if rt.indexer is not None else None
             step.observe(Selection(rt.number, heads, *part, scores))
         part_q, part_k, part_v = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen]

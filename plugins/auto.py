@@ -21,7 +21,7 @@ from sparsec.errors import ArtifactError
 from sparsec.layout import PLAN_KEY, TENSORS
 from sparsec.plan import Plan
 from sparsec.plugins.families import FAMILIES
-from sparsec.plugins.runtime import indexer_tensors, install, rows_as, tensor_names, use_kernels
+from sparsec.plugins.runtime import added_tensors, install, rows_as, tensor_names, use_kernels
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -57,7 +57,7 @@ class SparseMixin:
         kwargs["state_dict"] = {key: value for key, value in state.items() if key not in added}
         setattr(self.config, PLAN_KEY, plan.to_json())
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        write_tensors(Path(save_directory) / TENSORS, indexer_tensors(self))  # type: ignore[arg-type]
+        write_tensors(Path(save_directory) / TENSORS, added_tensors(self))  # type: ignore[arg-type]
         return None
 
     def _prefill(self, *args: Any, **kwargs: Any) -> Any:

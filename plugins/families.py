@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from sparsec.errors import SourceError
-from sparsec.plan import Dsa, ModelShape, Plan
+from sparsec.plan import Dsa, ModelShape, Plan, Unit
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Family:
     attention_norm: str = "input_layernorm"
     mlp: str = "mlp"
     mlp_norm: str = "post_attention_layernorm"
+    # How q, k and v are projected: three layers, or one whose rows are those of q, of k and of v.
+    qkv: Literal["split", "fused"] = "split"
     # Of families with indexers of their own (DSA): how rotary dimensions are paired in an indexer. Attention itself,
     # whose keys are latents (MLA), pairs neighbours in both.
     dsa: Literal["half", "interleaved"] | None = None
@@ -43,7 +45,7 @@ FAMILIES = {
         Family("qwen2"),
         Family("qwen3"),
         Family("gemma3_text", mlp_norm="pre_feedforward_layernorm"),
-        Family("phi3"),
+        Family("phi3", qkv="fused"),
         Family("deepseek_v32", dsa="half"),
         Family("glm_moe_dsa", dsa="interleaved"),
     )
@@ -116,6 +118,24 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention module of every decoder layer."""
     path = attrgetter(family_of(model.config).attention)
+    return [path(layer) for layer in decoder_layers(model)]
+
+
+def unit_modules(model: nn.Module, unit: Unit) -> list[nn.Module]:
+    """The module of one unit, attention or MLP, of every decoder layer.
+
+    What follows a unit (gemma3's norms) is no part of it.
+
+    Raises:
+        SourceError: the family's units cannot be routed one by one.
+    """
+    row = family_of(model.config)
+    if row.dsa is not None:
+        raise SourceError(
+            f"tokens of {row.model_type} cannot be routed, its MLPs are mixtures of experts with routers of their own: "
+            "leave informed-routing out"
+        )
+    path = attrgetter(row.attention if unit == "attention" else row.mlp)
     return [path(layer) for layer in decoder_layers(model)]
 
 

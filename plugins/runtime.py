@@ -28,6 +28,8 @@ from sparsec.plugins.attention import Step, layer_runtime, sparsec_attention
 from sparsec.plugins.cache import PlanLayer, SparseLayer
 from sparsec.plugins.families import attention_modules, native_local_layers, shape_of
 from sparsec.plugins.kernels.support import Kernels, chosen
+from sparsec.plugins.routed_units import routing_names
+from sparsec.plugins.routing import check_routing, install_routing, note_tokens, routing_tensors, uninstall_routing
 from sparsec.plugins.selector import Indexer
 
 NAME = "sparsec"
@@ -59,7 +61,7 @@ def tensor_names(plan: Plan) -> dict[str, tuple[int, ...]]:
             shape = (len(layer.retrieval), plan.selector.rank, plan.model.head_dim)
             for part in ("q_proj", "k_proj"):
                 shapes[f"model.layers.{i}.self_attn.indexer.{part}.weight"] = shape
-    return shapes
+    return shapes | routing_names(plan)
 
 
 def check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
@@ -75,6 +77,7 @@ def check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         if plan.layers[i].heads is not None:
             raise PlanError(f"the plan changes layer {i}, which the model itself runs with a sliding window")
     dsa.check(model, plan)
+    check_routing(model, plan)
     expected = tensor_names(plan)
     for name, size in expected.items():
         if name not in tensors:
@@ -108,6 +111,7 @@ def install(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None
         dsa.install(model, plan)
     else:
         hooks += _install_heads(model, plan, tensors)
+    object.__setattr__(model.get_decoder(), "sparsec_routed", install_routing(model, plan, tensors))  # type: ignore[operator]
     hooks.append(model.get_decoder().register_forward_pre_hook(_begin_call, with_kwargs=True))  # type: ignore[operator]
     object.__setattr__(model, "sparsec_installed", (hooks, dense))
     object.__setattr__(model, "sparsec_plan", plan)
@@ -153,13 +157,14 @@ def uninstall(model: nn.Module) -> None:
         hook.remove()
     if model.sparsec_plan.dsa is not None:  # type: ignore[union-attr]
         dsa.uninstall(model)
+    uninstall_routing(model, model.sparsec_plan)  # type: ignore[arg-type]
     for module in attention_modules(model):
         del module.sparsec
         if isinstance(getattr(module, "indexer", None), Indexer):
             del module.indexer
     del model.sparsec_installed, model.sparsec_plan
     decoder = model.get_decoder()  # type: ignore[operator]
-    del decoder.sparsec_plan, decoder.sparsec_modules, decoder.sparsec_kernels
+    del decoder.sparsec_plan, decoder.sparsec_modules, decoder.sparsec_kernels, decoder.sparsec_routed
     model.set_attn_implementation(dense)  # type: ignore[operator]
 
 
@@ -167,7 +172,7 @@ def uninstall(model: nn.Module) -> None:
 def applied(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """``plan`` runs inside the block, what ran before runs after it."""
     before = getattr(model, "sparsec_plan", None)
-    kept = indexer_tensors(model) if before is not None else {}
+    kept = added_tensors(model) if before is not None else {}
     kernels: Kernels = model.get_decoder().sparsec_kernels if before is not None else "reference"  # type: ignore
     install(model, plan, tensors or {})
     try:
@@ -264,9 +269,9 @@ def kv_bytes(cache: Cache) -> int:
     return total
 
 
-def indexer_tensors(model: nn.Module) -> dict[str, Tensor]:
+def added_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The plan's tensors of a model that runs one, by their names in the artifact."""
-    return {
+    return routing_tensors(model, model.sparsec_plan) | {  # type: ignore[arg-type]
         f"model.layers.{i}.self_attn.indexer.{name}": tensor
         for i, module in enumerate(attention_modules(model))
         if isinstance(indexer := getattr(module, "indexer", None), Indexer)
@@ -286,10 +291,10 @@ def _begin_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if kwargs.get("output_attentions"):
         raise ValueError("sparse attention has no dense attention weights to return: drop output_attentions")
     step = _step.get()
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    inputs = kwargs.get("inputs_embeds") if ids is None else ids
+    past = cache.get_seq_length() if cache is not None else 0
     if step is None:
-        inputs = kwargs.get("input_ids", args[0] if args else None)
-        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-        past = cache.get_seq_length() if cache is not None else 0
         one = inputs is not None and inputs.shape[1] == 1 and past > 0
         rows = _rows.get()
         step = Step(decode=one if rows is None else rows == "decode")
@@ -300,6 +305,10 @@ def _begin_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         step.kernel_lists.clear()
     for module in decoder.sparsec_modules:  # type: ignore[union-attr]
         module.sparsec.step = step
+    if plan.routing is not None and inputs is not None:
+        note_tokens(step, plan.routing, ids, kwargs.get("attention_mask"), tuple(inputs.shape[:2]), past)
+    for runtime in decoder.sparsec_routed:  # type: ignore[union-attr]
+        runtime.step = step
     return args, kwargs
 
 
@@ -318,10 +327,10 @@ def _note_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 
 __all__ = [
     "Step",
+    "added_tensors",
     "applied",
     "check",
     "fill_cache",
-    "indexer_tensors",
     "install",
     "kv_bytes",
     "new_cache",

@@ -45,6 +45,17 @@ class _Weight(nn.Module):
         self.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotary embedding (rotate-half layout), in x's dtype, as Transformers computes it.
+
+    x: [..., rows, head_dim]; cos, sin: [..., rows, rotary_dim], as x broadcasts. A partial one leaves the tail alone.
+    """
+    rotary = cos.shape[-1]
+    part, half = x[..., :rotary], rotary // 2
+    turned = torch.cat((-part[..., half:], part[..., :half]), dim=-1)
+    return torch.cat((part * cos + turned * sin, x[..., rotary:]), dim=-1)
+
+
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Undo the rotary embedding (rotate-half layout): the pre-RoPE q or k from the one attention sees.
 

@@ -10,11 +10,21 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from sparsec.errors import PlanError
 
 FORMAT = 1
+Unit = Literal["attention", "mlp"]
+UNITS: tuple[Unit, ...] = ("attention", "mlp")  # of a layer, in the order they run
 
 
 class Strict(BaseModel):
@@ -124,6 +134,33 @@ class Dsa(Strict):
         return self
 
 
+class Routing(Strict):
+    """A unit (a layer's attention or MLP) runs for a token, or its output is forecast (arXiv 2510.13831)."""
+
+    width: int = Field(ge=1, description="of the model's hidden states, which forecasters and routers read")
+    rank: int = Field(ge=0, le=65536, description="of the forecasters; 0: nothing is forecast, the unit adds nothing")
+    activation: Literal["silu", "linear"] = Field(description="between a forecaster's two layers")
+    hidden: int = Field(ge=0, le=65536, description="hidden units of a router, beside its linear part")
+    threshold: float = Field(description="a token runs a unit if its router's score is at least this")
+    sinks: int = Field(ge=0, description="first tokens of the sequence that run everything")
+    special: tuple[int, ...] = Field(description="ids of tokens that run everything, ascending")
+    attention: tuple[int, ...] = Field(description="layers whose attention is routed, ascending")
+    mlp: tuple[int, ...] = Field(description="layers whose MLP is routed, ascending")
+
+    @property
+    def units(self) -> tuple[tuple[int, Unit], ...]:
+        """(layer, unit) of every routed unit, in the order they run."""
+        return tuple(sorted([(i, UNITS[0]) for i in self.attention] + [(i, UNITS[1]) for i in self.mlp]))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("attention", "mlp", "special"):
+            found = getattr(self, name)
+            if list(found) != sorted(set(found)):
+                raise ValueError(f"{name} of the routing is not ascending")
+        return self
+
+
 class LayerPlan(Strict):
     """One decoder layer."""
 
@@ -172,7 +209,16 @@ class Plan(Strict):
         default=0, ge=0, description="a query whose context, itself included, is at most this long is dense"
     )
     layers: tuple[LayerPlan, ...]
+    routing: Routing | None = Field(default=None, description="null, or absent: every token runs every unit")
     passes: tuple[PassRecord, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plan without routing is written as it was before there was any, and keeps its digest."""
+        data: dict[str, Any] = write(self)
+        if self.routing is None:
+            data.pop("routing", None)
+        return data
 
     @classmethod
     def dense(cls, model: ModelShape, producer: str, native: tuple[int, ...] = ()) -> Plan:
@@ -220,8 +266,8 @@ class Plan(Strict):
 
     @property
     def is_dense(self) -> bool:
-        """No head is local and no layer has an index."""
-        return all(not layer.local and layer.index == "none" for layer in self.layers)
+        """No head is local, no layer has an index and no token is routed."""
+        return self.routing is None and all(not layer.local and layer.index == "none" for layer in self.layers)
 
     @property
     def span(self) -> int | None:
@@ -272,7 +318,37 @@ class Plan(Strict):
                 if self.selector is not None and self.selector.scope != "layer":
                     raise ValueError("shared layers need the selector's scope to be 'layer'")
             full_below |= layer.index == "full"
+        if self.routing is not None:
+            self._check_routing(self.routing)
         return self
+
+    def _check_routing(self, routing: Routing) -> None:
+        if self.dsa is not None:
+            raise ValueError("units of a model with indexers of its own cannot be routed")
+        if (
+            max((*routing.attention, *routing.mlp), default=0) >= self.model.layers
+            or min(routing.units or ((0, ""),))[0] < 0
+        ):
+            raise ValueError(f"a layer is routed that the model does not have: it has {self.model.layers}")
+        fixed = set(self.attention_fixed())
+        for i in routing.attention:
+            if i in fixed:
+                raise ValueError(f"the attention of layer {i} is routed: {self.attention_fixed()[i]}")
+
+    def attention_fixed(self) -> dict[int, str]:
+        """Layers whose attention every token must run, with the reason."""
+        reasons: dict[int, str] = {}
+        shared = {self.index_source(i) for i, layer in enumerate(self.layers) if layer.index == "shared"}
+        for i, layer in enumerate(self.layers):
+            if layer.heads is None:
+                reasons[i] = "the model runs it with a sliding window of its own"
+            elif i in shared:
+                reasons[i] = "layers above read its index set"
+            elif layer.local and self.window is not None and self.window.compensate:
+                reasons[i] = "its window compensates for what it drops"
+            elif layer.index != "none" and self.selector is not None and self.selector.prefill == "selector":
+                reasons[i] = "its prompt rows choose keys together"
+        return reasons
 
 
 def first_error(error: ValidationError) -> str:

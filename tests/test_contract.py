@@ -22,8 +22,8 @@ from sparsec.plan import ModelShape, Plan
 from sparsec.plugins.kernels import support
 from sparsec.plugins.kernels.support import chosen, reason_against
 from sparsec.plugins.runtime import (
+    added_tensors,
     applied,
-    indexer_tensors,
     install,
     kv_bytes,
     new_cache,
@@ -643,11 +643,11 @@ def test_the_facade_loads_lazily() -> None:
     assert set(sparsec.__all__) == {name for name in sparsec.__all__ if getattr(sparsec, name, None) is not None}
 
 
-def test_indexer_tensors_round_trip(model: Any) -> None:
+def test_added_tensors_round_trip(model: Any) -> None:
     plan = make_plan()
     tensors = make_tensors(plan)
     with applied(model, plan, tensors):
-        found = indexer_tensors(model)
+        found = added_tensors(model)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 

@@ -41,6 +41,8 @@ DISTILL = {
     "checks": 3,
     "lr": 1e-2,
 }
+ROUTING = {"context": 128, "tokens": 1024, "samples": 512, "sensitivity_windows": 1, "search_windows": 1, "rank": 4}
+ROUTING_TRAINED = {**ROUTING, "epochs": 2, "steps": 3, "train_context": 64, "hidden": 4, "remove": 0.2}
 RAZOR = {"window": 32, "draws": 2, "copies": 3}
 
 # A row: the pass, and the options that make it different from tests/conftest.py's tiny ones. Before it run those
@@ -62,10 +64,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "indexcache on a model's own indexers": ("indexcache", {"keep": 0.5, "context": 400}),
     "hisa": ("hisa", {"block": 32, "context": 256}),
     "misa in two stages": ("misa", {"block": 64, "context": 256, "two_stage": True}),
+    "informed-routing without training": ("informed-routing", {**ROUTING, "epochs": 0, "steps": 0}),
+    "informed-routing": ("informed-routing", ROUTING_TRAINED),
+    "informed-routing that skips MLPs": (
+        "informed-routing",
+        {**ROUTING, "steps": 0, "rank": 0, "units": "mlp"},
+    ),
     "distill with LoRA": ("distill", DISTILL),
     "distill all weights": ("distill", {**DISTILL, "weights": "all", "rest": False, "checkpointing": True}),
 }
-BEFORE = {"indexcache": ["rtpurbo"], "distill": ["rtpurbo"]}
+BEFORE = {"indexcache": ["rtpurbo"], "distill": ["rtpurbo"], "informed-routing": ["rtpurbo"]}
 FREE = ("window",)  # these run no model
 OWN = "own indexers"  # rows that run on a model that has some
 

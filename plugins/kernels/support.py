@@ -44,6 +44,8 @@ def reason_in(plan: Plan) -> str | None:
     """What of a plan the kernels do not do, wherever they run."""
     if plan.dsa is not None:
         return "the model has indexers of its own: Transformers runs it, there are no kernels for it yet"
+    if plan.routing is not None:
+        return "the plan routes tokens: only the reference does that, where it gathers, computes and scatters"
     if plan.model.head_dim > LARGEST_HEAD:
         return f"the kernels take heads of up to {LARGEST_HEAD} dimensions, the model has {plan.model.head_dim}"
     if plan.window is not None and plan.window.compensate:
