@@ -18,6 +18,7 @@ from sparsec.compiler.commands.eval import eval_command
 from sparsec.compiler.commands.generate import generate
 from sparsec.compiler.commands.inspect import inspect
 from sparsec.compiler.commands.passes import passes
+from sparsec.compiler.commands.verify import verify_command
 from sparsec.errors import SparsecError
 
 STOPPED = 130
@@ -29,7 +30,7 @@ def cli() -> None:
     """Compile a dense Hugging Face decoder checkpoint into a sparse, deployable one."""
 
 
-for command in (compile_command, inspect, eval_command, bench_command, generate, passes):
+for command in (compile_command, inspect, verify_command, eval_command, bench_command, generate, passes):
     cli.add_command(command)
 
 
