@@ -13,13 +13,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
+from sparsec.compiler import plain_yaml
 from sparsec.errors import UsageError
 from sparsec.plan import Strict, first_error
 
-LARGEST = 1 << 20  # bytes of a gate.yaml
 Engine = Literal["pytorch", "triton", "onnx", "tensorrt", "vllm"]
 
 
@@ -97,15 +96,12 @@ def read_thresholds(path: Path | None) -> Thresholds:
     if path is None:
         return Thresholds()
     try:
-        if path.stat().st_size > LARGEST:
-            raise UsageError(f"{path} has more than {LARGEST >> 20} MiB: that is no gate.yaml")
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = plain_yaml.read(path)
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): check the path") from None
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UsageError(f"{path} is not YAML ({' '.join(str(error).split())[:160]}): see docs/ci.md") from None
+    except plain_yaml.NotPlain as error:
+        raise UsageError(f"{path} is not YAML ({error}): see docs/ci.md") from None
     try:
         return Thresholds.model_validate({} if data is None else data)
-    except (ValidationError, RecursionError) as error:
-        said = first_error(error) if isinstance(error, ValidationError) else "it is nested too deeply"
-        raise UsageError(f"{path}: {said}; docs/ci.md lists every field") from None
+    except ValidationError as error:
+        raise UsageError(f"{path}: {first_error(error)}; docs/ci.md lists every field") from None

@@ -46,7 +46,7 @@ class Manifest(BaseModel):
     dtype: str
     versions: dict[str, str]
     files: dict[str, str] = Field(max_length=MOST_FILES)
-    digest: str
+    digest: str | None = None
 
 
 def as_written(data: Any) -> str:
@@ -60,6 +60,17 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**body, SEAL: hashlib.sha256(as_written(body).encode("utf-8", "surrogatepass")).hexdigest()}
 
 
+def manifest_data(path: Path) -> dict[str, Any]:
+    """manifest.json as data that has every field; whether it was changed is another question.
+
+    Raises:
+        ArtifactError: it is missing, or none of ours.
+    """
+    data = read_json(path / MANIFEST)
+    made = _model(path / MANIFEST, data)
+    return {**data, "source": made.source.model_dump()}
+
+
 def read_manifest(path: Path) -> Manifest:
     """An artifact's manifest, checked: fields, seal, and file names.
 
@@ -70,11 +81,7 @@ def read_manifest(path: Path) -> Manifest:
     if file.is_symlink():
         raise ArtifactError(f"{file} is a link: copy the artifact itself")
     data = read_json(file)
-    try:
-        made = Manifest.model_validate(data)
-    except (ValidationError, RecursionError) as error:
-        said = first_error(error) if isinstance(error, ValidationError) else "it is nested too deeply"
-        raise ArtifactError(f"{file} is no manifest ({said}): copy or compile the artifact again") from None
+    made = _model(file, data)
     for name in made.files:
         outside = escapes(name)
         if outside is not None:
@@ -85,6 +92,14 @@ def read_manifest(path: Path) -> Manifest:
     return made
 
 
+def _model(file: Path, data: Any) -> Manifest:
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        said = first_error(error)
+        raise ArtifactError(f"{file} is no manifest ({said}): copy or compile the artifact again") from None
+
+
 def escapes(name: str) -> str | None:
     """Why a name is none of a file in an artifact; None where it is one."""
     if not name or len(name) > LONGEST_NAME:
@@ -92,9 +107,9 @@ def escapes(name: str) -> str | None:
     if not name.isprintable() or "\\" in name or any(0xD800 <= ord(letter) <= 0xDFFF for letter in name):
         return "has signs that no file name of ours has"
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ":" in pure.parts[0]:
+    if pure.is_absolute() or ":" in name.partition("/")[0]:
         return "is no name relative to the artifact"
-    if ".." in pure.parts or pure.as_posix() != name or "." in pure.parts:
+    if not pure.parts or ".." in pure.parts or pure.as_posix() != name:
         return "leaves the artifact or is written in an odd way"
     if name == MANIFEST:
         return "is the manifest itself"

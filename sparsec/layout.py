@@ -30,7 +30,9 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ArtifactError(f"{path} has more than {LARGEST_JSON >> 20} MiB: copy or compile it again")
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(data, ensure_ascii=False).encode()  # lone surrogates cannot be shown
+        return data
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing: is {path.parent} an artifact of sparsec compile?") from None
     except (OSError, ValueError, RecursionError) as error:
