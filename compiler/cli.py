@@ -14,7 +14,9 @@ import click
 import sparsec
 from sparsec.compiler.commands.bench import bench_command
 from sparsec.compiler.commands.compile import compile_command
+from sparsec.compiler.commands.diff import diff_command
 from sparsec.compiler.commands.eval import eval_command
+from sparsec.compiler.commands.export import export_command
 from sparsec.compiler.commands.generate import generate
 from sparsec.compiler.commands.inspect import inspect
 from sparsec.compiler.commands.passes import passes
@@ -31,7 +33,18 @@ def cli() -> None:
     """Compile a dense Hugging Face decoder checkpoint into a sparse, deployable one."""
 
 
-for command in (compile_command, inspect, verify_command, eval_command, bench_command, generate, push_command, passes):
+for command in (
+    compile_command,
+    inspect,
+    verify_command,
+    diff_command,
+    eval_command,
+    bench_command,
+    generate,
+    export_command,
+    push_command,
+    passes,
+):
     cli.add_command(command)
 
 
