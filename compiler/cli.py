@@ -14,10 +14,14 @@ import click
 import sparsec
 from sparsec.compiler.commands.bench import bench_command
 from sparsec.compiler.commands.compile import compile_command
+from sparsec.compiler.commands.diff import diff_command
 from sparsec.compiler.commands.eval import eval_command
+from sparsec.compiler.commands.export import export_command
 from sparsec.compiler.commands.generate import generate
 from sparsec.compiler.commands.inspect import inspect
 from sparsec.compiler.commands.passes import passes
+from sparsec.compiler.commands.push import push_command
+from sparsec.compiler.commands.verify import verify_command
 from sparsec.errors import SparsecError
 
 STOPPED = 130
@@ -29,7 +33,18 @@ def cli() -> None:
     """Compile a dense Hugging Face decoder checkpoint into a sparse, deployable one."""
 
 
-for command in (compile_command, inspect, eval_command, bench_command, generate, passes):
+for command in (
+    compile_command,
+    inspect,
+    verify_command,
+    diff_command,
+    eval_command,
+    bench_command,
+    generate,
+    export_command,
+    push_command,
+    passes,
+):
     cli.add_command(command)
 
 
@@ -58,5 +73,6 @@ def main() -> None:
 
 def _fail(message: str, status: int) -> NoReturn:
     """One line on standard error, whatever a library put into it, and the exit status."""
-    click.echo(f"sparsec: {' '.join(message.splitlines())}", err=True)
+    line = " ".join(message.splitlines()).encode("utf-8", "backslashreplace").decode()
+    click.echo(f"sparsec: {line}", err=True)
     sys.exit(status)

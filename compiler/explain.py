@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sparsec.errors import ArtifactError
 from sparsec.export import evaluation
 from sparsec.export.evaluation import NONE
+from sparsec.export.manifest import manifest_data
 from sparsec.export.selectors import KINDS, break_even_words, head_rows, share, unit
 from sparsec.export.words import MINUS, elsewhere, far_words, measured, memory, own_indexers, size
 from sparsec.layout import MANIFEST, MEASUREMENTS, REPORT, check_tensors, is_artifact, read_json, read_plan
@@ -52,7 +53,7 @@ def artifact_data(path: Path) -> dict[str, Any]:
         "digest": plan.digest,
         "pattern": plan.pattern,
         "measurements": read_json(path / MEASUREMENTS),
-        "manifest": read_json(path / MANIFEST),
+        "manifest": manifest_data(path),
     }
 
 

@@ -22,6 +22,7 @@ from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.evaluate import baseline_plan
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.trainable import put_weights
+from sparsec.compiler import golden
 from sparsec.compiler.checkpoint import load_config
 from sparsec.compiler.gate import Exam, shown, verdict
 from sparsec.compiler.recipe import Recipe
@@ -43,7 +44,7 @@ from sparsec.export.artifact import (
 )
 from sparsec.export.card import model_card
 from sparsec.export.report import render_report
-from sparsec.layout import CARD, MEASUREMENTS, REPORT
+from sparsec.layout import CARD, GOLDEN, MEASUREMENTS, REPORT
 from sparsec.passes.base import Pass, Program, lacks
 from sparsec.plan import PassRecord, Plan
 from sparsec.plugins.device import check_dtype, device_map
@@ -115,10 +116,11 @@ def compile_model(job: Job) -> Outcome:
     with writing(job.out, force=job.force) as aside:
         program = compile_.program
         write_model(aside, source.path, weight_files(source.path), plan, program.tensors, compile_.weights)
-        judged = compile_.judge(aside)
+        judged, answers = compile_.judge(aside)
         measurements = compile_.measurements(judged)
         manifest = compile_.manifest(passes)
         write_json(aside / MEASUREMENTS, measurements)
+        write_json(aside / GOLDEN, answers)
         (aside / REPORT).write_text(render_report(plan, measurements, manifest), encoding="utf-8")
         (aside / CARD).write_text(model_card(plan, measurements, manifest), encoding="utf-8")
         write_manifest(aside, manifest)
@@ -224,8 +226,8 @@ class _Compile:
             self._exam = Exam.drawn(recipe.gate, self.program.plan, self.calibration, recipe.seed, readable)
         return self._exam
 
-    def judge(self, aside: Path) -> dict[str, Any]:
-        """The gate, on the artifact as loaded afresh from the disk."""
+    def judge(self, aside: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The gate, on the artifact as loaded afresh from the disk; and what it does on the golden prompts."""
         job, exam = self.job, self.exam
         began = time.monotonic()
         model, tokenizer = load(aside, device=job.device, dtype=job.dtype)
@@ -234,12 +236,14 @@ class _Compile:
         judged = verdict(job.recipe.gate, self.found["dense"], found, self.found.get("near"), self.passes)
         rows = len(exam.windows[0]) - exam.prompt
         asked = sum(map(len, exam.asked.values()))
-        return judged | {
+        judged |= {
             "context": len(exam.windows[0]),
             "decode_rows": rows,
             "windows": len(exam.windows),
             "questions": asked,
         }
+        readable = int(model.config.max_position_embeddings)
+        return judged, golden.record(model, golden.prompts_for(self.program.plan, tokenizer, readable))
 
     def measurements(self, gate: Mapping[str, Any]) -> dict[str, Any]:
         """measurements.json: what was measured, on what, with which seeds."""

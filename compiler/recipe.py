@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
+from sparsec.compiler import plain_yaml
 from sparsec.compiler.registry import suggest
 from sparsec.errors import UsageError
 from sparsec.plan import Strict, first_error
@@ -68,12 +69,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
         UsageError: the file is missing, no YAML, or has unknown keys.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = plain_yaml.read(path)
     except OSError as error:
         raise UsageError(f"cannot read the recipe {path} ({error.strerror}): check the path") from None
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"the recipe {path} is not YAML ({reason}): see docs/artifact.md") from None
+    except plain_yaml.NotPlain as error:
+        raise UsageError(f"the recipe {path} is not YAML ({error}): see docs/artifact.md") from None
     if not isinstance(data, dict):
         raise UsageError(f"the recipe {path} must be a mapping with the key 'passes'")
     for key in data:
@@ -116,6 +116,6 @@ def parse_setting(text: str) -> tuple[str, str, Any]:
     if not (equals and dot and owner and option):
         raise UsageError(f"--set {text!r}: write pass.option=value, e.g. rtpurbo.ratio=0.2")
     try:
-        return owner, option, yaml.safe_load(value)
-    except yaml.YAMLError:
+        return owner, option, plain_yaml.parse(value)
+    except plain_yaml.NotPlain:
         raise UsageError(f"--set {text!r}: the value is not YAML") from None

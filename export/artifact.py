@@ -4,12 +4,12 @@ config.json, generation_config.json, tokenizer files   the model's own; config.j
 model*.safetensors                                      the base weights: unchanged files where no pass trained them
 sparsec.safetensors                                     what the plan added
 manifest.json                                           sha256 of every other file, and how it was made
+golden.json                                             what the artifact does on fixed prompts
 measurements.json, report.html, README.md               what was measured
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +24,7 @@ from torch import Tensor
 from sparsec.errors import ArtifactError
 from sparsec.export import dsa
 from sparsec.export.aside import filling, locked, sync, sync_folder
+from sparsec.export.manifest import as_written, sealed
 from sparsec.layout import CONFIG, MANIFEST, MEASUREMENTS, PLAN_KEY, TENSORS, is_artifact, read_json, sha256
 from sparsec.plan import Plan
 from sparsec.plugins.auto import write_tensors
@@ -205,12 +206,12 @@ def write_manifest(aside: Path, made: Mapping[str, Any]) -> None:
         made: how the artifact was made (source, recipe, calibration, versions).
     """
     files = {file.relative_to(aside).as_posix(): sha256(file) for file in sorted(aside.rglob("*")) if file.is_file()}
-    write_json(aside / MANIFEST, {**made, "files": files})
+    write_json(aside / MANIFEST, sealed({**made, "files": files}))
 
 
 def write_json(path: Path, data: Any) -> None:
     """Readable, stable JSON."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(as_written(data), encoding="utf-8")
 
 
 def _existing(folder: Path) -> Path:

@@ -7,6 +7,7 @@
     ├── PlanError           1   a plan that contradicts itself, its model or its tensors
     ├── TrainingError       1   a training run that cannot go on
     ├── ArtifactError       1   a folder that is no artifact, or is damaged
+    ├── HubError            1   the Hub refused, or did not answer
     └── GateError           3   the artifact is worse than the gate allows
 
 Messages are one line and end with the way out. The CLI prints ``sparsec: <message>`` and no traceback.
@@ -45,6 +46,10 @@ class TrainingError(SparsecError):
 
 class ArtifactError(SparsecError):
     """A folder is not an artifact, or a damaged one."""
+
+
+class HubError(SparsecError):
+    """The Hub refused something, or did not answer."""
 
 
 class GateError(SparsecError):

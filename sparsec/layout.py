@@ -15,21 +15,27 @@ PLAN_KEY = "sparsec_config"  # in config.json; 'sparse_attention_config' means f
 TENSORS = "sparsec.safetensors"
 MANIFEST = "manifest.json"
 MEASUREMENTS = "measurements.json"
+GOLDEN = "golden.json"
 REPORT = "report.html"
 CARD = "README.md"
+LARGEST_JSON = 1 << 28  # bytes
 
 
 def read_json(path: Path) -> Any:
     """A JSON file.
 
     Raises:
-        ArtifactError: missing, or not JSON.
+        ArtifactError: missing, not JSON, or larger than any of an artifact's.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LARGEST_JSON:
+            raise ArtifactError(f"{path} has more than {LARGEST_JSON >> 20} MiB: copy or compile it again")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(data, ensure_ascii=False).encode()  # lone surrogates cannot be shown
+        return data
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing: is {path.parent} an artifact of sparsec compile?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"cannot read {path} ({error}): copy or compile it again") from None
 
 
@@ -37,7 +43,7 @@ def is_artifact(path: Path) -> bool:
     """Did sparsec write this folder? Its manifest says so; a half-written one has none."""
     try:
         return str(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["producer"]).startswith("sparsec ")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -25,6 +25,8 @@ from sparsec.errors import PlanError
 FORMAT = 1
 Unit = Literal["attention", "mlp"]
 UNITS: tuple[Unit, ...] = ("attention", "mlp")  # of a layer, in the order they run
+LARGEST = 2**31 - 1  # of all numbers in a plan
+DEEPEST = 16  # lists and mappings inside of each other
 
 
 class Strict(BaseModel):
@@ -241,6 +243,7 @@ class Plan(Strict):
         """
         if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
             raise PlanError(f"the plan has format {data['format']!r}, this sparsec reads {FORMAT}: update sparsec")
+        _check_bounds(data)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -351,9 +354,26 @@ class Plan(Strict):
         return reasons
 
 
+def _check_bounds(data: object, depth: int = 0, recorded: bool = False) -> None:
+    """A plan asks for no number that tokens cannot have, and nests no deeper than any of ours: it may be anybody's.
+
+    recorded: inside of ``passes``, which nothing runs.
+    """
+    if depth > DEEPEST:
+        raise PlanError(f"not a valid plan: it is nested more than {DEEPEST} deep")
+    if isinstance(data, int) and not recorded and abs(data) > LARGEST:
+        raise PlanError(f"not a valid plan: it asks for a number of {data.bit_length()} bits, {LARGEST} is the most")
+    if isinstance(data, dict):
+        for key, value in data.items():
+            _check_bounds(value, depth + 1, recorded or (depth == 0 and key == "passes"))
+    elif isinstance(data, list | tuple):
+        for value in data:
+            _check_bounds(value, depth + 1, recorded)
+
+
 def first_error(error: ValidationError) -> str:
     """One line for pydantic's first complaint: where and what."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part)[:80] for part in first["loc"])
     what = first["msg"].removeprefix("Value error, ")
     return f"{where}: {what}" if where else what

