@@ -92,6 +92,14 @@ class Selector(Strict):
         default=1, ge=1, le=1024, description="of these rows every so-manyth decides for all, the first one among them"
     )
 
+    @model_serializer(mode="wrap")
+    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where every row votes, as it was written before there was a choice: the digest stays."""
+        data: dict[str, Any] = write(self)
+        if self.vote_every == 1:
+            data.pop("vote_every", None)
+        return data
+
 
 class Hisa(Strict):
     """Blocks are ranked by their mean index key first, tokens only in the best ones (HISA, arXiv 2603.28458)."""
