@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--text", default=None, help="file or folder; the built-in text if left out")
     parser.add_argument("--heldout", type=int, default=8, help="windows")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="options of the pass")
+    parser.add_argument("--systems", default="all", help="some of: informed, closed, greedy, static, random")
     parser.add_argument("--steps", type=int, default=40, help="of router training")
     parser.add_argument("--shape", choices=("demo", "llama-8b"), default="demo")
     parser.add_argument("--length", type=int, default=2048)
@@ -70,6 +71,12 @@ def main() -> None:
         result["runs" if given.what == "quality" else "speed"].append(row | about)
         given.out.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps({name: value for name, value in row.items() if name != "rates"}), flush=True)
+
+
+def wanted(given: argparse.Namespace, system: str) -> bool:
+    """Is the system among those asked for?"""
+    names = {"informed, closed form": "closed"}
+    return given.systems == "all" or names.get(system, system.split(maxsplit=1)[0]) in given.systems.split(",")
 
 
 def opened(given: argparse.Namespace) -> tuple[Any, Any]:
@@ -95,6 +102,8 @@ def quality(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 ("informed, closed form", {"steps": 0, "epochs": 0}),
                 ("greedy skip", {"rank": 0}),
             ):
+                if not wanted(given, name):
+                    continue
                 began = time.monotonic()
                 ran = made.model_copy(update=changes).run(program, calibration)
                 seconds[name] = time.monotonic() - began
@@ -104,8 +113,13 @@ def quality(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "heldout", length, min(given.heldout, calibration.available("heldout", length)), seed=seed
             )
             search = calibration.windows("search", length, min(4, calibration.available("search", length)), seed=seed)
-            found["static dropping"] = (*dropped(model, base, search, target), None)
-            found["random routing"] = (*found["informed"][:2], target)
+            if wanted(given, "static dropping"):
+                found["static dropping"] = (*dropped(model, base, search, target), None)
+            if wanted(given, "random routing"):
+                found["random routing"] = (
+                    *found["informed" if "informed" in found else "informed, closed form"][:2],
+                    target,
+                )
             dense = None
             for name, (plan, tensors, chance) in found.items():
                 row: dict[str, Any] = {"system": name, "seed": seed, "target": target, "context": length}

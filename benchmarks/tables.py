@@ -8,6 +8,7 @@ passes    distill-demo.json, the same of several artifacts: make table
 indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
 cheaper   the same: HISA and MISA
+routing   routing-demo.json, what benchmarks/routing.py wrote: forecasting, skipping, dropping, chance
 """
 
 from __future__ import annotations
@@ -102,6 +103,38 @@ def cheaper(result: Mapping[str, Any]) -> str:
     return "\n".join([*_markdown(head, rows, 1), "", _made(result)])
 
 
+def routing(result: Mapping[str, Any]) -> str:
+    """Systems at equal removed shares, means over seeds, and wall-clock, of what benchmarks/routing.py found."""
+    cells: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
+    for row in result["runs"]:
+        if row["system"] != "dense":
+            cells.setdefault((row["target"], row["system"]), []).append(row)
+    rows = []
+    for (target, system), found in sorted(cells.items(), key=lambda item: item[0][0]):
+        losses = [row["against_dense"] for row in found]
+        shares = [sum(row["removed_by_unit"][unit] for row in found) / len(found) for unit in ("attention", "mlp")]
+        rows.append(
+            [
+                f"{target:.0%}",
+                system,
+                f"{sum(row['removed'] for row in found) / len(found):.1%}",
+                *(f"{share:.1%}" for share in shares),
+                f"{sum(losses) / len(losses):+.1%}",
+                f"{min(losses):+.1%} to {max(losses):+.1%}",
+                str(len({row["seed"] for row in found})),
+            ]
+        )
+    head = ["asked", "system", "removed", "by attention", "by MLPs", "bits per byte", "over seeds", "seeds"]
+    last = result["runs"][-1]
+    on = f"{last['device']}, torch {last['versions']['torch']}"
+    made = f"{on}, windows of {last['context']:,} tokens: `{last['command']}`."
+    lines = [*_markdown(head, rows, 2), "", made]
+    for row in result["speed"]:
+        where = f"{row['shape']}, {row['dtype']}, {row['batch']} x {row['length']:,} tokens, {row['device']}"
+        lines += ["", f"{row['what']}, {where}: {row['speedup']:.2f} times dense ({row['dense']}), `{row['command']}`."]
+    return "\n".join(lines)
+
+
 def _answers(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['accuracy']:.1%}", f"{row['nats']:.4f} ± {row['error']:.4f}"]
 
@@ -125,6 +158,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "passes": ("distill-demo", "make table", evaluation),
     "sharing": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", sharing),
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
+    "routing": ("routing-demo", "python benchmarks/routing.py quality && make docs", routing),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
 }
 

@@ -46,8 +46,8 @@ def routing(found: Mapping[str, Any]) -> str:
         heading("A sample text, token by token"),
         figure(
             svg.paths(paths["sample"]),
-            f"Each column is a token, from token {count(paths['sample']['first'])} of a window on, each row a unit, the "
-            "first layer on top. Filled: the unit runs; empty: its output is forecast.",
+            f"Each column is a token, from token {count(paths['sample']['first'])} of a window on, each row a unit, "
+            "the first layer on top. Filled: the unit runs; empty: its output is forecast.",
             [("kept", "attention runs"), ("local", "MLP runs")],
         ),
         paragraph(f"The text: {''.join(paths['sample']['tokens'])}", "quiet"),
@@ -56,8 +56,8 @@ def routing(found: Mapping[str, Any]) -> str:
             table(["layer", "unit", "error", "cosine", "prefill", "decode"], rows, words=2),
         ),
         paragraph(
-            f"{plural(found['search_windows'], 'window')} of search text. An error of 1 is no better than the mean; the "
-            "cosine flatters where outputs have a large one.",
+            f"{plural(found['search_windows'], 'window')} of search text. An error of 1 is no better than the mean; "
+            "the cosine flatters where outputs have a large one.",
             "quiet",
         ),
     )
