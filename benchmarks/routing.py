@@ -21,23 +21,26 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+# The folder of this script holds a kernels.py, which Transformers would take for the package of that name.
+sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
 
-from sparsec.calibrate.corpus import read_corpus
-from sparsec.calibrate.decode import text_loss
-from sparsec.calibrate.routing_paths import runs_of
-from sparsec.calibrate.splits import Calibration
-from sparsec.calibrate.unit_flops import Key, UnitCosts, unit_costs
-from sparsec.compiler.source import load_model, load_tokenizer, open_source
-from sparsec.compiler.versions import versions
-from sparsec.passes.base import Program
-from sparsec.passes.informed_routing import InformedRouting
-from sparsec.plan import UNITS, Plan
-from sparsec.plugins.device import device_name
-from sparsec.plugins.families import base_plan, unit_modules
-from sparsec.plugins.runtime import applied, tensor_names
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
+
+from sparsec.calibrate.corpus import read_corpus  # noqa: E402
+from sparsec.calibrate.decode import text_loss  # noqa: E402
+from sparsec.calibrate.routing_paths import runs_of  # noqa: E402
+from sparsec.calibrate.splits import Calibration  # noqa: E402
+from sparsec.calibrate.unit_flops import Key, UnitCosts, unit_costs  # noqa: E402
+from sparsec.compiler.source import load_model, load_tokenizer, open_source  # noqa: E402
+from sparsec.compiler.versions import versions  # noqa: E402
+from sparsec.passes.base import Program  # noqa: E402
+from sparsec.passes.informed_routing import InformedRouting  # noqa: E402
+from sparsec.plan import UNITS, Plan  # noqa: E402
+from sparsec.plugins.device import device_name  # noqa: E402
+from sparsec.plugins.families import base_plan, unit_modules  # noqa: E402
+from sparsec.plugins.runtime import applied, tensor_names  # noqa: E402
 
 RESULT = Path(__file__).resolve().parent / "results" / "routing-demo.json"
 LLAMA_8B = {
