@@ -1,9 +1,9 @@
 """Reasoning without downloads: sums in several steps, and things that change their place, told in natural text.
 
 Both are told step by step, in order, somewhere in the text; the answer is stated nowhere as one. State tracking is of
-bAbI's kind (arXiv 1502.05698: the last of several moves counts), the sums are those of grade-school word problems without
-the prose, behind a solved example. Small models answer little of either: the dense model's score says how much to
-read into a difference.
+bAbI's kind (arXiv 1502.05698: the last of several moves counts), the sums are those of grade-school word problems
+without the prose, behind a solved example. Small models answer little of either: the dense model's score says how
+much to read into a difference.
 """
 
 from __future__ import annotations
