@@ -21,23 +21,26 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+# The folder of this script holds a kernels.py, which Transformers would take for the package of that name.
+sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
 
-from sparsec.calibrate.corpus import read_corpus
-from sparsec.calibrate.decode import text_loss
-from sparsec.calibrate.routing_paths import runs_of
-from sparsec.calibrate.splits import Calibration
-from sparsec.calibrate.unit_flops import Key, UnitCosts, unit_costs
-from sparsec.compiler.source import load_model, load_tokenizer, open_source
-from sparsec.compiler.versions import versions
-from sparsec.passes.base import Program
-from sparsec.passes.informed_routing import InformedRouting
-from sparsec.plan import UNITS, Plan
-from sparsec.plugins.device import device_name
-from sparsec.plugins.families import base_plan, unit_modules
-from sparsec.plugins.runtime import applied, tensor_names
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
+
+from sparsec.calibrate.corpus import read_corpus  # noqa: E402
+from sparsec.calibrate.decode import text_loss  # noqa: E402
+from sparsec.calibrate.routing_paths import runs_of  # noqa: E402
+from sparsec.calibrate.splits import Calibration  # noqa: E402
+from sparsec.calibrate.unit_flops import Key, UnitCosts, unit_costs  # noqa: E402
+from sparsec.compiler.source import load_model, load_tokenizer, open_source  # noqa: E402
+from sparsec.compiler.versions import versions  # noqa: E402
+from sparsec.passes.base import Program  # noqa: E402
+from sparsec.passes.informed_routing import InformedRouting  # noqa: E402
+from sparsec.plan import UNITS, Plan  # noqa: E402
+from sparsec.plugins.device import device_name  # noqa: E402
+from sparsec.plugins.families import base_plan, unit_modules  # noqa: E402
+from sparsec.plugins.runtime import applied, tensor_names  # noqa: E402
 
 RESULT = Path(__file__).resolve().parent / "results" / "routing-demo.json"
 LLAMA_8B = {
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument("--text", default=None, help="file or folder; the built-in text if left out")
     parser.add_argument("--heldout", type=int, default=8, help="windows")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="options of the pass")
+    parser.add_argument("--systems", default="all", help="some of: informed, closed, greedy, static, random")
     parser.add_argument("--steps", type=int, default=40, help="of router training")
     parser.add_argument("--shape", choices=("demo", "llama-8b"), default="demo")
     parser.add_argument("--length", type=int, default=2048)
@@ -70,6 +74,12 @@ def main() -> None:
         result["runs" if given.what == "quality" else "speed"].append(row | about)
         given.out.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps({name: value for name, value in row.items() if name != "rates"}), flush=True)
+
+
+def wanted(given: argparse.Namespace, system: str) -> bool:
+    """Is the system among those asked for?"""
+    names = {"informed, closed form": "closed"}
+    return given.systems == "all" or names.get(system, system.split(maxsplit=1)[0]) in given.systems.split(",")
 
 
 def opened(given: argparse.Namespace) -> tuple[Any, Any]:
@@ -95,6 +105,8 @@ def quality(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 ("informed, closed form", {"steps": 0, "epochs": 0}),
                 ("greedy skip", {"rank": 0}),
             ):
+                if not wanted(given, name):
+                    continue
                 began = time.monotonic()
                 ran = made.model_copy(update=changes).run(program, calibration)
                 seconds[name] = time.monotonic() - began
@@ -104,8 +116,13 @@ def quality(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "heldout", length, min(given.heldout, calibration.available("heldout", length)), seed=seed
             )
             search = calibration.windows("search", length, min(4, calibration.available("search", length)), seed=seed)
-            found["static dropping"] = (*dropped(model, base, search, target), None)
-            found["random routing"] = (*found["informed"][:2], target)
+            if wanted(given, "static dropping"):
+                found["static dropping"] = (*dropped(model, base, search, target), None)
+            if wanted(given, "random routing"):
+                found["random routing"] = (
+                    *found["informed" if "informed" in found else "informed, closed form"][:2],
+                    target,
+                )
             dense = None
             for name, (plan, tensors, chance) in found.items():
                 row: dict[str, Any] = {"system": name, "seed": seed, "target": target, "context": length}

@@ -9,6 +9,7 @@ indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and afte
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
 cheaper   the same: HISA and MISA
 kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the fastest dense kernel
+routing   routing-demo.json, what benchmarks/routing.py wrote: forecasting, skipping, dropping, chance
 """
 
 from __future__ import annotations
@@ -131,6 +132,38 @@ def kernels(result: Mapping[str, Any]) -> str:
     return "\n".join([*_markdown(head, rows, 2), "", f"{floor} {made}"])
 
 
+def routing(result: Mapping[str, Any]) -> str:
+    """Systems at equal removed shares, means over seeds, and wall-clock, of what benchmarks/routing.py found."""
+    cells: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
+    for row in result["runs"]:
+        if row["system"] != "dense":
+            cells.setdefault((row["target"], row["system"]), []).append(row)
+    rows = []
+    for (target, system), found in sorted(cells.items(), key=lambda item: item[0][0]):
+        losses = [row["against_dense"] for row in found]
+        shares = [sum(row["removed_by_unit"][unit] for row in found) / len(found) for unit in ("attention", "mlp")]
+        rows.append(
+            [
+                f"{target:.0%}",
+                system,
+                f"{sum(row['removed'] for row in found) / len(found):.1%}",
+                *(f"{share:.1%}" for share in shares),
+                f"{sum(losses) / len(losses):+.1%}",
+                f"{min(losses):+.1%} to {max(losses):+.1%}",
+                str(len({row["seed"] for row in found})),
+            ]
+        )
+    head = ["asked", "system", "removed", "by attention", "by MLPs", "bits per byte", "over seeds", "seeds"]
+    last = result["runs"][-1]
+    on = f"{last['device']}, torch {last['versions']['torch']}"
+    made = f"{on}, windows of {last['context']:,} tokens: `{last['command']}`."
+    lines = [*_markdown(head, rows, 2), "", made]
+    for row in result["speed"]:
+        where = f"{row['shape']}, {row['dtype']}, {row['batch']} x {row['length']:,} tokens, {row['device']}"
+        lines += ["", f"{row['what']}, {where}: {row['speedup']:.2f} times dense ({row['dense']}), `{row['command']}`."]
+    return "\n".join(lines)
+
+
 def _answers(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['accuracy']:.1%}", f"{row['nats']:.4f} ± {row['error']:.4f}"]
 
@@ -155,6 +188,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "sharing": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", sharing),
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
+    "routing": ("routing-demo", "python benchmarks/routing.py quality && make docs", routing),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
 }
 

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from sparsec.calibrate import tasks_lookup, tasks_needles, tasks_qa, tasks_threads, tasks_variables, tasks_words
+from sparsec.calibrate import (
+    tasks_lookup,
+    tasks_needles,
+    tasks_qa,
+    tasks_reasoning,
+    tasks_threads,
+    tasks_variables,
+    tasks_words,
+)
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.tasks_frame import GOLDEN, Draw, Haystack, Hidden, Listing, Prompt, assemble, least_gap
 from sparsec.errors import UsageError
@@ -46,12 +54,15 @@ TASKS: dict[str, Task] = {
     "thread": Task("a key leads to the next one: a walk of three steps", tasks_threads.thread),
     "multithread": Task("two such walks, one after the other", tasks_threads.multithread),
     "branches": Task("the longest walk where keys lead two ways", tasks_threads.branches),
+    "arithmetic": Task("a number after several changes, told one by one", tasks_reasoning.arithmetic),
+    "places": Task("where a thing is after several moves, another moving too", tasks_reasoning.places),
 }
 NEEDLES = ("kv", "multikey", "passkey", "multivalue", "multiquery")
 GROUPS: dict[str, tuple[str, ...]] = {
     "needles": NEEDLES,
     "ruler": (*NEEDLES, "variables", "common", "frequent", "lookup", "qa"),
     "threads": ("thread", "multithread", "branches"),
+    "reasoning": ("arithmetic", "places"),
     "all": tuple(TASKS),
 }
 

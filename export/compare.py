@@ -14,14 +14,14 @@ Row = tuple[str, str, str, str]  # what, in A, in B, the difference
 
 def plan_rows(a: Plan, b: Plan) -> list[Row]:
     """Every field of the plans that differs, and every layer."""
-    rows = []
+    rows: list[Row] = []
     for name in ("model", "window", "selector", "dsa", "min_context"):
         one, other = (getattr(plan, name) for plan in (a, b))
         if one != other:
             rows += list(_fields(name, one, other))
-    names = tuple(", ".join(each.name for each in plan.passes) for plan in (a, b))
-    if names[0] != names[1]:
-        rows.append(("passes", *names, ""))
+    ran, other_ran = (", ".join(each.name for each in plan.passes) for plan in (a, b))
+    if ran != other_ran:
+        rows.append(("passes", ran, other_ran, ""))
     for record in a.passes:
         twin = next((each for each in b.passes if each.name == record.name), record)
         for key in sorted(record.config.keys() | twin.config.keys()):
@@ -46,7 +46,8 @@ def measured_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
     ):
         pair = [each["gate"]["selector"].get(key) for each in (a, b)]
         if any(value is not None for value in pair):
-            rows.append((name, *(words(v) if v is not None else NONE for v in pair), _relative(*pair)))
+            one, other = (words(v) if v is not None else NONE for v in pair)
+            rows.append((name, one, other, _relative(*pair)))
     held = [each["gate"]["artifact"]["kv_bytes"] for each in (a, b)]
     rows.append(("KV cache", size(held[0]), size(held[1]), _relative(*held)))
     after = [{p["name"]: p["after"] for p in each["passes"] if "after" in p} for each in (a, b)]

@@ -116,7 +116,8 @@ class InformedRouting(Pass):
         routers = {key: with_hidden(router, self.hidden if self.steps else 0, rng) for key, router in routers.items()}
         routing: dict[str, Any] = {
             "width": width, "rank": self.rank, "activation": activation, "hidden": self.hidden if self.steps else 0,
-            "threshold": 0.0, "sinks": self.sinks, "special": special, **routed,
+            "threshold": 0.0, "sinks": self.sinks, "special": special, "attention": routed["attention"],
+            "mlp": routed["mlp"],
         }  # fmt: skip
         bare = plan.edit(routing=routing)
         tensors = {**program.tensors, **_named(forecasters, routers)}

@@ -124,6 +124,19 @@ def solve_lookup(text: str) -> list[str]:
     return re.findall(rf'"{name}": (\d+),', text)
 
 
+def solve_arithmetic(text: str) -> list[str]:
+    [thing] = re.findall(r"\nAfter all changes, the number of (\w+) cards is$", text)
+    [total] = map(int, re.findall(rf"There are (\d+) {thing} cards\.", text))
+    for size, verb in re.findall(rf"Then (\d+) {thing} cards are (added|removed)\.", text):
+        total += int(size) if verb == "added" else -int(size)
+    return [str(total)]
+
+
+def solve_places(text: str) -> list[str]:
+    [thing] = re.findall(r"\nNow the (\w+) is in the box named$", text)
+    return re.findall(rf"Then the {thing} is moved to the (\w+) box\.", text)[-1:]
+
+
 def solve_qa(text: str) -> list[str]:
     [name] = re.findall(r"\nQuestion: \w+ .*?([A-Z]\w+ [A-Z]\w+)", text)
     told = text[: text.rindex("\nQuestion:")]
@@ -169,6 +182,8 @@ SOLVERS: dict[str, Callable[[str], list[str]]] = {
     "thread": solve_threads,
     "multithread": solve_threads,
     "branches": solve_threads,
+    "arithmetic": solve_arithmetic,
+    "places": solve_places,
 }
 
 
@@ -324,7 +339,7 @@ def test_groups_stand_for_their_tasks_each_once() -> None:
     assert named("all") == list(TASKS)
     assert named("") == []
     assert {task for group in GROUPS.values() for task in group} == set(TASKS)
-    with pytest.raises(UsageError, match="or a group: needles, ruler, threads, all"):
+    with pytest.raises(UsageError, match="or a group: needles, ruler, threads, reasoning, all"):
         named("kv,niah")
 
 

@@ -143,7 +143,9 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
             assert selector is not None
             if rt.layer.index == "full":
                 scores = _scored(rt, cache, queries, item, items)
-                found = _listed(rt, cache.lengths, scores[0]) if listed else _searched(rt, cache.lengths, *scores)
+                found: tuple[Tensor, ...] = (
+                    _listed(rt, cache.lengths, scores[0]) if listed else _searched(rt, cache.lengths, *scores)
+                )
                 step.kernel_sets = {rt.number: found}  # shared layers read this one alone
             found = step.kernel_sets[plan.index_source(rt.number)]
             if listed:
