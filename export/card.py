@@ -89,7 +89,7 @@ def model_card(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[st
 def _results(measurements: Mapping[str, Any]) -> list[EvalResult]:
     """The gate's figures, for the card's model-index."""
     gate, text = measurements["gate"], measurements["calibration"]
-    about = {"task_type": "text-generation", "dataset_name": f"held-out part of {text['spec']}"}
+    about: dict[str, Any] = {"task_type": "text-generation", "dataset_name": f"held-out part of {text['spec']}"}
     about |= {"dataset_type": "held-out", "dataset_split": "heldout", "dataset_revision": text["digest"]}
     found = {"bits per byte": gate["artifact"]["bits_per_byte"], "bits per byte, dense": gate["dense"]["bits_per_byte"]}
     if gate["selector"]:
