@@ -107,15 +107,26 @@ def vocabulary_size(path: Path) -> int | None:
 
 def read_license(path: Path) -> str | None:
     """The license that the model card (README.md) in folder ``path`` declares, or None."""
+    card = _card(path)
+    name = card.get("license_name") if card.get("license") == "other" else card.get("license")
+    return str(name) if name else None
+
+
+def read_languages(path: Path) -> tuple[str, ...]:
+    """The languages that the model card in folder ``path`` declares."""
+    found = _card(path).get("language") or ()
+    return (found,) if isinstance(found, str) else tuple(each for each in found if isinstance(each, str))
+
+
+def _card(path: Path) -> dict[str, Any]:
+    """A model card's front matter; a broken one says nothing, and nothing else depends on it."""
     import yaml
     from huggingface_hub import metadata_load
 
     try:
-        card = metadata_load(path / "README.md") or {}
+        return metadata_load(path / "README.md") or {}
     except (OSError, ValueError, yaml.YAMLError):
-        return None  # a broken card says nothing about the license, and nothing else depends on it
-    name = card.get("license_name") if card.get("license") == "other" else card.get("license")
-    return str(name) if name else None
+        return {}
 
 
 def _refuse_remote_code(path: Path, config: dict[str, Any]) -> None:

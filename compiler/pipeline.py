@@ -267,6 +267,7 @@ class _Compile:
                 "digest": self.source.digest,
                 "license": self.source.license,
                 "base_model": self.source.base_model,
+                "language": list(self.source.language),
             },
             "recipe": self.job.recipe.model_copy(update={"passes": resolved}).model_dump(mode="json"),
             "calibration": self.calibration.digest,

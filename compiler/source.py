@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sparsec.compiler.checkpoint import check_config, read_license, tokenizer_files, vocabulary_size
+from sparsec.compiler.checkpoint import check_config, read_languages, read_license, tokenizer_files, vocabulary_size
 from sparsec.compiler.fetch import HUB_ID, fetch
 from sparsec.compiler.filehash import combined_digest, hash_files
 from sparsec.compiler.gguf import demo_file, unpack
@@ -41,6 +41,8 @@ class Source:
     """As the model card or the GGUF file declares it."""
     base_model: str | None
     """Hub id of the model, where it is known."""
+    language: tuple[str, ...] = ()
+    """As the model card declares them."""
 
 
 def open_source(
@@ -94,7 +96,7 @@ def open_source(
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error}): copy or download it again") from None
     digest = combined_digest({file.relative_to(path).as_posix(): sha for file, sha in hashes.items()})
-    return Source(spec, kind, path, commit, digest, read_license(path), base_model)
+    return Source(spec, kind, path, commit, digest, read_license(path), base_model, read_languages(path))
 
 
 def load_model(source: Source, *, device: str = "cpu", dtype: str = "auto") -> PreTrainedModel:

@@ -7,6 +7,7 @@ plan             the plan's classes as tables, and its JSON schema
 passes           every installed pass of ours in a row
 options PASS     the options of a pass
 recipe, gate     the keys of a recipe and of its gate
+thresholds [PART]   those of gate.yaml, or of one of its parts
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from pydantic import BaseModel
 
 from sparsec.compiler.recipe import Gate, Recipe
 from sparsec.compiler.registry import known_passes
+from sparsec.compiler.thresholds import GoldenBounds, QualityBounds, SpeedBounds, Thresholds
 from sparsec.plan import Dsa, Hisa, LayerPlan, Misa, ModelShape, PassRecord, Plan, Routing, Selector, Window
 
+THRESHOLDS = {"": Thresholds, "golden": GoldenBounds, "quality": QualityBounds, "speed": SpeedBounds}
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -40,6 +43,8 @@ def render(name: str) -> str:
         return fields_table(known_passes()[which])
     if what in ("recipe", "gate"):
         return fields_table(Recipe if what == "recipe" else Gate)
+    if what == "thresholds":
+        return fields_table(THRESHOLDS[which])
     raise ValueError(f"there is no generated block {name!r}: see docs/generate.py")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sparsec.export.words import (
     change,
@@ -42,12 +42,16 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # or its id
 def model_card(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """README.md as text. The arguments are those of :func:`sparsec.export.report.render_report`."""
     source, passes = manifest["source"], [each["name"] for each in measurements["passes"]]
+    name = f"{model_name(manifest).rpartition('/')[2]}-sparse"
     data = ModelCardData(
         base_model=source["base_model"],
         license=source["license"],
+        language=list(source.get("language") or ()) or None,
         library_name="sparsec",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["sparse-attention", "long-context", *passes])),
+        model_name=name,
+        eval_results=_results(measurements),
     )
     gate, text = measurements["gate"], measurements["calibration"]
     other = elsewhere(plan, trained=manifest["weights"] == "trained")
@@ -80,6 +84,20 @@ def model_card(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[st
     ]
     body = "\n\n".join(part for part in parts if part)
     return str(ModelCard(f"---\n{data.to_yaml().strip()}\n---\n\n{body}\n"))
+
+
+def _results(measurements: Mapping[str, Any]) -> list[EvalResult]:
+    """The gate's figures, for the card's model-index."""
+    gate, text = measurements["gate"], measurements["calibration"]
+    about: dict[str, Any] = {"task_type": "text-generation", "dataset_name": f"held-out part of {text['spec']}"}
+    about |= {"dataset_type": "held-out", "dataset_split": "heldout", "dataset_revision": text["digest"]}
+    found = {"bits per byte": gate["artifact"]["bits_per_byte"], "bits per byte, dense": gate["dense"]["bits_per_byte"]}
+    if gate["selector"]:
+        found["attention mass found"] = gate["selector"]["recall_mean"]
+    return [
+        EvalResult(**about, metric_type=label.replace(" ", "_").replace(",", ""), metric_name=label, metric_value=value)
+        for label, value in found.items()
+    ]
 
 
 def _what(plan: Plan, passes: Sequence[str], manifest: Mapping[str, Any]) -> str:

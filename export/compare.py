@@ -9,7 +9,7 @@ from sparsec.export.evaluation import NONE
 from sparsec.export.words import change, count, percent, size
 from sparsec.plan import Plan
 
-Row = tuple[str, str, str, str]  # what, in A, in B, the difference
+Row = tuple[str, ...]  # what, in A, in B, the difference
 
 
 def plan_rows(a: Plan, b: Plan) -> list[Row]:

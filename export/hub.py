@@ -99,7 +99,7 @@ def publish(push: Push) -> dict[str, Any]:
     def commit() -> Any:
         # Made anew in every try: an operation remembers what of it was sent.
         there = set(api.list_repo_files(push.repo, revision=base))
-        head = api.repo_info(push.repo, revision=base).sha
+        head = str(api.repo_info(push.repo, revision=base).sha)
         names = {file.relative_to(push.artifact).as_posix(): file for file in _files(push.artifact)}
         stale = sorted((_ours(api, push.repo, head) & there) - names.keys()) if head and MANIFEST in there else []
         additions = [CommitOperationAdd(name, str(file)) for name, file in names.items()]

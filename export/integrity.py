@@ -19,6 +19,8 @@ from sparsec.layout import CONFIG, MANIFEST, MEASUREMENTS, PLAN_KEY, TENSORS, re
 from sparsec.plan import Plan
 from sparsec.plugins.runtime import tensor_names
 
+FOREIGN = (".gitattributes",)  # the Hub's own
+DOWNLOADS = ".cache/huggingface/"  # of its client, beside what it downloaded
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CODE = (".py", ".so", ".pyc")
 INDEX = "model.safetensors.index.json"
@@ -85,7 +87,7 @@ def check_files(path: Path, made: Manifest) -> int:
         name = file.relative_to(path).as_posix()
         if file.is_symlink():
             raise ArtifactError(f"{file} is a link, an artifact has none: copy the file itself")
-        if name == MANIFEST:
+        if name in (MANIFEST, *FOREIGN) or name.startswith(DOWNLOADS):
             continue
         if name not in made.files:
             raise ArtifactError(f"{file} is not in {MANIFEST}: take it out, or compile the artifact again")

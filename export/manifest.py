@@ -30,6 +30,7 @@ class Made(BaseModel):
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
     license: str | None = None
     base_model: str | None = None
+    language: tuple[str, ...] = ()
 
 
 class Manifest(BaseModel):
