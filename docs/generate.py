@@ -24,7 +24,7 @@ from sparsec.compiler.registry import known_passes
 from sparsec.compiler.thresholds import GoldenBounds, QualityBounds, SpeedBounds, Thresholds
 from sparsec.plan import Dsa, Hisa, LayerPlan, Misa, ModelShape, PassRecord, Plan, Routing, Selector, Window
 
-THRESHOLDS = {"": Thresholds, "golden": GoldenBounds, "quality": QualityBounds, "speed": SpeedBounds}
+THRESHOLDS: dict[str, type[BaseModel]] = {"": Thresholds, "golden": GoldenBounds, "quality": QualityBounds, "speed": SpeedBounds}
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -42,7 +42,8 @@ def render(name: str) -> str:
     if what == "options":
         return fields_table(known_passes()[which])
     if what in ("recipe", "gate"):
-        return fields_table(Recipe if what == "recipe" else Gate)
+        kind: type[BaseModel] = Recipe if what == "recipe" else Gate
+        return fields_table(kind)
     if what == "thresholds":
         return fields_table(THRESHOLDS[which])
     raise ValueError(f"there is no generated block {name!r}: see docs/generate.py")

@@ -149,14 +149,17 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
                 step.kernel_sets = {rt.number: found}  # shared layers read this one alone
             found = step.kernel_sets[plan.index_source(rt.number)]
             if listed:
+                kept, counts = found
                 decode.listed_decode(
-                    q, *cache.far, cache.lengths, *tables.chosen, *found, tables.sets, item, scale, ranges, partial, lse
-                )
+                    q, *cache.far, cache.lengths, *tables.chosen, kept, counts, tables.sets, item, scale, ranges,
+                    partial, lse,
+                )  # fmt: skip
             else:
+                values, totals, edges = found
                 scratch = torch.empty(batch, len(tables.sets), ranges, size, dtype=torch.int32, device=q.device)
                 decode.chosen_decode(
-                    q, *cache.far, cache.lengths, *tables.chosen, *found, tables.sets, selector, plan.min_context,
-                    scale, scratch, partial, lse,
+                    q, *cache.far, cache.lengths, *tables.chosen, values, totals, edges, tables.sets, selector,
+                    plan.min_context, scale, scratch, partial, lse,
                 )  # fmt: skip
         elif len(tables.retrieval):
             endless = Window(size=ALL, sinks=0)

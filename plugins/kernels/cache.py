@@ -174,7 +174,7 @@ class Tables:
         self.retrieval_kv_heads = [h // group for h in layer.retrieval]
         self.retrieval, self.retrieval_kv = ints(layer.retrieval), ints(self.retrieval_kv_heads)
         self.near, self.beside = grouped(evicted), grouped(windowed)
-        self.windowed = tuple(torch.cat(both) for both in zip(self.near, self.beside, strict=True))
+        self.windowed = (torch.cat([self.near[0], self.beside[0]]), torch.cat([self.near[1], self.beside[1]]))
         # Prefill: heads, and the KV head that each reads, in the call's own keys or in the store (``places``).
         self.near_heads = (ints(evicted), ints(h // group for h in evicted))
         self.near_places = (ints(evicted), ints(-1 - place[h // group] for h in evicted))
