@@ -21,11 +21,12 @@ from sparsec.errors import ArtifactError, UsageError
 from sparsec.events import Event, Listener, silent
 from sparsec.export.artifact import check_room, write_json
 from sparsec.export.aside import filling
-from sparsec.export.onnx.artifact import EXPORT, check_packages, replace, source_of, write_graphs
+from sparsec.export.onnx.artifact import check_packages, replace, source_of, write_graphs
 from sparsec.export.onnx.features import check_exportable
 from sparsec.export.onnx.files import KINDS
 from sparsec.layout import read_plan, sha256
 from sparsec.plugins.load import load
+from sparsec.plugins.onnx_runner import MANIFEST
 
 FOLDER = "tensorrt"
 Flavour = Literal["auto", "rtx", "tensorrt"]
@@ -130,7 +131,7 @@ def export_tensorrt(
             "layers": layers,
             "files": {file.name: sha256(file) for file in sorted(aside.iterdir())},
         }
-        write_json(aside / EXPORT, made)
+        write_json(aside / MANIFEST, made)
         replace(aside, artifact / FOLDER)
     return made
 

@@ -105,7 +105,7 @@ def traced_attention(
     out: dict[int, Tensor] = {}  # by query head, [batch, 1, rows, head_dim]
 
     def leave(heads: Sequence[int], found: Tensor) -> None:
-        out.update(zip(heads, found.split(1, 1), strict=True))
+        out.update(zip(heads, torch.split(found, 1, 1), strict=True))
 
     if stores.local_kv:
         heads = _heads_on(stores.local_kv, group)

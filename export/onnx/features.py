@@ -37,11 +37,10 @@ def check_exportable(plan: Plan, config: Any = None) -> None:
     Raises:
         PlanError: naming the first field that they cannot mean.
     """
-    parts: list[BaseModel | None] = [plan, plan.window, plan.selector, *plan.layers]
-    for part in parts:
-        for name in type(part).model_fields if part is not None else ():
-            value = getattr(part, name)
-            if name in KNOWN[type(part)] or value == type(part).model_fields[name].get_default():
+    for kind, known in KNOWN.items():
+        every = [each for each in (plan, plan.window, plan.selector, *plan.layers) if isinstance(each, kind)]
+        for part, name in ((part, name) for part in every for name in type(part).model_fields):
+            if name in known or getattr(part, name) == type(part).model_fields[name].get_default():
                 continue
             way = WAYS.get(name, "run the artifact in PyTorch, or compile without it")
             raise PlanError(f"the plan's {name} cannot be exported yet: {way}")

@@ -108,4 +108,4 @@ def _attention(model: Any) -> Iterator[None]:
     finally:
         model.set_attn_implementation(before)
         for module in attention_modules(model):
-            module.sparsec.call = None
+            module.sparsec.call = None  # type: ignore[union-attr]
