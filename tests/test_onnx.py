@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from sparsec.errors import ArtifactError, PlanError, UsageError
+from sparsec.export.integrity import check_files
+from sparsec.export.manifest import read_manifest
 from sparsec.export.onnx.artifact import replace, write_graphs
 from sparsec.export.onnx.features import check_exportable
 from sparsec.export.onnx.files import WEIGHTS
@@ -167,12 +169,12 @@ def test_what_graphs_cannot_mean_is_refused(small_llama: Callable[..., Any]) -> 
 
 def test_a_field_that_the_exporter_does_not_know_is_refused(small_llama: Callable[..., Any]) -> None:
     class Later(Plan):
-        routing: int | None = None
+        later: int | None = None
 
     plan = planned(small_llama(layers=3), **PLANS["shared tokens"])
     check_exportable(Later.model_validate(plan.model_dump()))
-    with pytest.raises(PlanError, match="the plan's routing cannot be exported"):
-        check_exportable(Later.model_validate({**plan.model_dump(), "routing": 3}))
+    with pytest.raises(PlanError, match="the plan's later cannot be exported"):
+        check_exportable(Later.model_validate({**plan.model_dump(), "later": 3}))
 
 
 def test_the_runner_says_what_is_missing(tmp_path: Path) -> None:
@@ -213,8 +215,11 @@ def test_commands_export_generate_and_diagnose(cli: Callable[..., Any], tiny_art
     found = json.loads(cli("doctor", artifact, "--json").out)["exports"]
     assert found["onnx"]["loads"]
     assert not found["tensorrt"]["loads"]
+    check_files(artifact, read_manifest(artifact))
     with (artifact / "onnx" / WEIGHTS).open("r+b") as file:
         file.write(b"x")
+    with pytest.raises(ArtifactError, match="is not what"):
+        check_files(artifact, read_manifest(artifact))
     assert "damaged" in json.loads(cli("doctor", artifact, "--json").out)["exports"]["onnx"]["why"]
 
 

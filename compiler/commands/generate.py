@@ -52,7 +52,7 @@ def generate(
     if engine == "onnx":
         from sparsec.compiler.answer_onnx import answer_onnx
 
-        if dense or kernels != "reference" or dtype != "auto":
+        if dense or kernels != "auto" or dtype != "auto":
             raise UsageError("--engine onnx runs the graphs as exported: leave --dense, --kernels and --dtype out")
         found = answer_onnx(
             artifact, text, max_new_tokens=max_new_tokens, chat=not raw, device=device, stream=not as_json

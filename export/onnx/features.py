@@ -15,7 +15,20 @@ KNOWN: Mapping[type[BaseModel], frozenset[str]] = {
     Plan: frozenset({"format", "producer", "model", "window", "selector", "min_context", "layers", "passes"}),
     Window: frozenset({"size", "sinks"}),
     Selector: frozenset(
-        {"kind", "rank", "rope", "top_p", "granularity", "block", "sinks", "recent", "min_keep", "scope", "query_block"}
+        {
+            "kind",
+            "rank",
+            "rope",
+            "top_p",
+            "granularity",
+            "block",
+            "sinks",
+            "recent",
+            "min_keep",
+            "scope",
+            "query_block",
+            "vote_every",
+        }
     ),
     LayerPlan: frozenset({"heads", "index"}),
 }
@@ -39,7 +52,7 @@ def check_exportable(plan: Plan, config: Any = None) -> None:
     """
     for kind, known in KNOWN.items():
         every = [each for each in (plan, plan.window, plan.selector, *plan.layers) if isinstance(each, kind)]
-        for part, name in ((part, name) for part in every for name in type(part).model_fields):
+        for part, name in ((each, name) for each in every for name in type(each).model_fields):
             if name in known or getattr(part, name) == type(part).model_fields[name].get_default():
                 continue
             way = WAYS.get(name, "run the artifact in PyTorch, or compile without it")

@@ -10,7 +10,7 @@ from sparsec.export.onnx.functions import DOMAIN, IR, OPSET, VERSION, with_funct
 
 Kind = Literal["prefill", "decode"]
 KINDS: tuple[Kind, ...] = ("prefill", "decode")
-WEIGHTS = "weights.bin"
+WEIGHTS = "weights.data"
 SMALL = 1024  # bytes: what is smaller stays in the graph, where shape inference reads it
 FOLDED = 64  # elements: constants up to here are folded, so that shapes are known; weights keep their names and layout
 ALIGNED = 4096  # a page: runtimes map the file
