@@ -15,6 +15,7 @@ import sparsec
 from sparsec.compiler.commands.bench import bench_command
 from sparsec.compiler.commands.compile import compile_command
 from sparsec.compiler.commands.diff import diff_command
+from sparsec.compiler.commands.doctor import doctor
 from sparsec.compiler.commands.eval import eval_command
 from sparsec.compiler.commands.export import export_command
 from sparsec.compiler.commands.generate import generate
@@ -42,6 +43,7 @@ for command in (
     bench_command,
     generate,
     export_command,
+    doctor,
     push_command,
     passes,
 ):

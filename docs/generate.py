@@ -24,7 +24,12 @@ from sparsec.compiler.registry import known_passes
 from sparsec.compiler.thresholds import GoldenBounds, QualityBounds, SpeedBounds, Thresholds
 from sparsec.plan import Dsa, Hisa, LayerPlan, Misa, ModelShape, PassRecord, Plan, Routing, Selector, Window
 
-THRESHOLDS: dict[str, type[BaseModel]] = {"": Thresholds, "golden": GoldenBounds, "quality": QualityBounds, "speed": SpeedBounds}
+THRESHOLDS: dict[str, type[BaseModel]] = {
+    "": Thresholds,
+    "golden": GoldenBounds,
+    "quality": QualityBounds,
+    "speed": SpeedBounds,
+}
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 

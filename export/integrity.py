@@ -17,12 +17,14 @@ from sparsec.export.headers import read_header
 from sparsec.export.manifest import Manifest, read_manifest
 from sparsec.layout import CONFIG, MANIFEST, MEASUREMENTS, PLAN_KEY, TENSORS, read_json, read_plan, sha256
 from sparsec.plan import Plan
+from sparsec.plugins.onnx_runner import MANIFEST as EXPORT
 from sparsec.plugins.runtime import tensor_names
 
 FOREIGN = (".gitattributes",)  # the Hub's own
 DOWNLOADS = ".cache/huggingface/"  # of its client, beside what it downloaded
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CODE = (".py", ".so", ".pyc")
+EXPORTS = ("onnx", "tensorrt")  # folders of sparsec export
 INDEX = "model.safetensors.index.json"
 
 
@@ -83,20 +85,27 @@ def check_files(path: Path, made: Manifest) -> int:
         ArtifactError: the first that is missing, another one, a link, or not named.
     """
     total, there = 0, set()
+    exported = [path / name for name in EXPORTS if (path / name / EXPORT).is_file()]
+    expected = {**made.files}
+    for folder in exported:  # made later, so each has its own list
+        for name, digest in _exported(folder).items():
+            expected[(folder / name).relative_to(path).as_posix()] = digest
     for file in _below(path):
         name = file.relative_to(path).as_posix()
         if file.is_symlink():
             raise ArtifactError(f"{file} is a link, an artifact has none: copy the file itself")
         if name in (MANIFEST, *FOREIGN) or name.startswith(DOWNLOADS):
             continue
-        if name not in made.files:
+        if file.parent in exported and file.name == EXPORT:
+            continue
+        if name not in expected:
             raise ArtifactError(f"{file} is not in {MANIFEST}: take it out, or compile the artifact again")
         if not file.is_file():
             raise ArtifactError(f"{file} is no file: copy the artifact again")
         if file.suffix.lower() in (*PICKLES, *CODE):
             raise ArtifactError(f"{file} can hold code, an artifact is data: do not use it")
         there.add(name)
-    for name, digest in made.files.items():
+    for name, digest in expected.items():
         if name not in there:
             raise ArtifactError(f"{path / name} is missing: copy the whole artifact")
         try:
@@ -106,6 +115,19 @@ def check_files(path: Path, made: Manifest) -> int:
             raise ArtifactError(f"{path / name} cannot be read ({error.strerror}): check its permissions") from None
         total += (path / name).stat().st_size
     return total
+
+
+def _exported(folder: Path) -> dict[str, str]:
+    """Hashes by name, as ``sparsec export`` wrote them.
+
+    Raises:
+        ArtifactError: its list cannot be read.
+    """
+    made = read_json(folder / EXPORT)
+    files = made.get("files") if isinstance(made, dict) else None
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        raise ArtifactError(f"{folder / EXPORT} names no files: export again")
+    return {str(name): str(digest) for name, digest in files.items()}
 
 
 def _below(path: Path) -> Iterator[Path]:

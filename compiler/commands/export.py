@@ -1,29 +1,56 @@
-"""``sparsec export``: an artifact's plan in another engine's words."""
+"""``sparsec export``: an artifact for another runtime, or its plan in another engine's words."""
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from sparsec.compiler.commands.options import HELP
+from sparsec.compiler.commands.options import HELP, names
+from sparsec.errors import UsageError
+
+if TYPE_CHECKING:
+    from sparsec.export.tensorrt import Flavour
+
+RUNTIMES = ["onnx", "tensorrt"]
+TRT = "Flavour of TensorRT: for RTX GPUs, built without one, or for data-centre GPUs, built on one."
 
 
 @click.command("export")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--to", "dialect", required=True, help=HELP["to"])
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="A new folder.")
-def export_command(artifact: Path, dialect: str, out: Path) -> None:
-    """Write the head split or sharing pattern of ARTIFACT as files that another engine reads."""
-    from sparsec.compiler.registry import suggest
-    from sparsec.errors import UsageError
+@click.option("--to", "target", required=True, help=f"{', '.join(RUNTIMES)} (or both); or {HELP['to']}")
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Another engine's words: a new folder.")
+@click.option("--dtype", default="float32", show_default=True, help="Of graphs: float32, float16 or bfloat16.")
+@click.option("--trt", default="auto", show_default=True, type=click.Choice(["auto", "rtx", "tensorrt"]), help=TRT)
+@click.option("--slots", default=2048, show_default=True, type=click.IntRange(min=16), help="TensorRT: tokens held.")
+@click.option("--json", "as_json", is_flag=True, help="The manifests of graphs and engines as JSON.")
+def export_command(
+    artifact: Path, target: str, out: Path | None, dtype: str, trt: Flavour, slots: int, as_json: bool
+) -> None:
+    """Write graphs or engines into ARTIFACT, or its head split or sharing pattern as files that another engine reads."""
     from sparsec.export.dialects import DIALECTS
+
+    writers = {name: each.encode for name, each in DIALECTS.items() if each.encode is not None}
+    encode = writers.get(target)
+    if encode is None:
+        from sparsec.compiler.exports import export, export_text
+
+        targets = names("--to", target, [*RUNTIMES, *writers])
+        if mixed := [name for name in targets if name in writers]:
+            raise UsageError(f"--to {target}: {mixed[0]} is written by itself, with -o")
+        if out is not None:
+            raise UsageError(f"--to {target} writes into the artifact: leave -o out")
+        began = time.monotonic()
+        made = export(artifact, targets, dtype=dtype, trt=trt, slots=slots)
+        click.echo(json.dumps(made, indent=2) if as_json else export_text(artifact, made, time.monotonic() - began))
+        return
     from sparsec.export.dialects.files import write_files
     from sparsec.layout import read_plan
 
-    writers = {name: each.encode for name, each in DIALECTS.items() if each.encode is not None}
-    encode = writers.get(dialect)
-    if encode is None:
-        raise UsageError(f"--to {dialect}: {suggest(dialect, list(writers))}")
+    if out is None:
+        raise UsageError(f"--to {target} writes a folder: name it with -o")
     write_files(out, encode(read_plan(artifact)))
-    click.echo(f"{out}: read by {DIALECTS[dialect].engine}")
+    click.echo(f"{out}: read by {DIALECTS[target].engine}")

@@ -1,0 +1,69 @@
+"""What of a plan the graphs can say. Whatever the exporter does not know is refused, so that no graph means less."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from sparsec.errors import PlanError
+from sparsec.plan import LayerPlan, Plan, Selector, Window
+
+# Fields that the graphs honour, or that say nothing about what runs. A new field is refused where it is set.
+KNOWN: Mapping[type[BaseModel], frozenset[str]] = {
+    Plan: frozenset({"format", "producer", "model", "window", "selector", "min_context", "layers", "passes"}),
+    Window: frozenset({"size", "sinks"}),
+    Selector: frozenset(
+        {
+            "kind",
+            "rank",
+            "rope",
+            "top_p",
+            "granularity",
+            "block",
+            "sinks",
+            "recent",
+            "min_keep",
+            "scope",
+            "query_block",
+            "vote_every",
+        }
+    ),
+    LayerPlan: frozenset({"heads", "index"}),
+}
+WAYS = {
+    "dsa": "the model's own indexers run in PyTorch only",
+    "compensate": "compile with compensation=false of razor or window",
+    "prefill": "compile with rtpurbo.prefill=dense",
+}
+ROPES = ("default", "linear", "llama3", "yarn")  # the others choose their frequencies by length
+
+
+def check_exportable(plan: Plan, config: Any = None) -> None:
+    """The graphs mean all of the plan.
+
+    Args:
+        plan: what is to be exported.
+        config: the model's, where it is at hand.
+
+    Raises:
+        PlanError: naming the first field that they cannot mean.
+    """
+    for kind, known in KNOWN.items():
+        every = [each for each in (plan, plan.window, plan.selector, *plan.layers) if isinstance(each, kind)]
+        for part, name in ((each, name) for each in every for name in type(each).model_fields):
+            if name in known or getattr(part, name) == type(part).model_fields[name].get_default():
+                continue
+            way = WAYS.get(name, "run the artifact in PyTorch, or compile without it")
+            raise PlanError(f"the plan's {name} cannot be exported yet: {way}")
+    kinds = _rope_types(config) if config is not None else set()
+    if odd := sorted(kinds - set(ROPES)):
+        raise PlanError(f"{odd[0]} rotary embeddings change with the length and cannot be exported: run it in PyTorch")
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary embeddings in a model's config; some have one a kind of layer."""
+    found: Any = getattr(config, "rope_parameters", None) or {}
+    each = [found] if "rope_type" in found or not found else [part for part in found.values() if isinstance(part, dict)]
+    return {str(part.get("rope_type", "default")) for part in each}

@@ -1,0 +1,45 @@
+"""Engines: built for real with TensorRT-RTX where it is installed, which needs no GPU. None is run."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsec.compiler.diagnosis import diagnosis
+from sparsec.errors import UsageError
+from sparsec.export.tensorrt import RTX_CAPABILITIES, export_tensorrt, flavour_of
+
+RTX = importlib.util.find_spec("tensorrt_rtx") is not None
+needs_rtx = pytest.mark.skipif(not RTX, reason="TensorRT-RTX is not installed: pip install '.[tensorrt-rtx]'")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_a_flavour_that_is_missing_is_named_with_the_way_to_it() -> None:
+    with pytest.raises(UsageError, match="pip install tensorrt on the machine with the GPU"):
+        flavour_of("tensorrt")
+
+
+@needs_rtx
+def test_what_rtx_cannot_be_built_for_is_refused_before_the_work(tiny_artifact: Path) -> None:
+    with pytest.raises(UsageError, match="not 90: use --trt tensorrt"):
+        export_tensorrt(tiny_artifact, flavour="rtx", slots=64, capabilities=(89, 90))
+    with pytest.raises(UsageError, match="ranks 3840 tokens at most, not 4096"):
+        export_tensorrt(tiny_artifact, flavour="rtx", slots=4096)
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_engines_are_built_and_say_where_they_load(tiny_artifact: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "tiny"
+    shutil.copytree(tiny_artifact, artifact)
+    made: dict[str, Any] = export_tensorrt(artifact, flavour="rtx", slots=64)
+    assert made["compute_capabilities"] == list(RTX_CAPABILITIES)
+    assert set(made["files"]) == {"prefill.engine", "decode.engine"}
+    assert made["layers"]["decode"]["KV_CACHE_UPDATE"] > 0
+    why = diagnosis(artifact)["exports"]["tensorrt"]["why"]
+    assert torch.cuda.is_available() or why == "there is no GPU to run it on"
