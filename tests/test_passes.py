@@ -41,6 +41,7 @@ DISTILL = {
     "checks": 3,
     "lr": 1e-2,
 }
+MERGED = {"merges": 60, "imitation_steps": 3, "steps": 3, "batch": 2, "windows": 4, "context": 96, "depth": 2}
 RAZOR = {"window": 32, "draws": 2, "copies": 3}
 
 # A row: the pass, and the options that make it different from tests/conftest.py's tiny ones. Before it run those
@@ -62,6 +63,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "indexcache on a model's own indexers": ("indexcache", {"keep": 0.5, "context": 400}),
     "hisa": ("hisa", {"block": 32, "context": 256}),
     "misa in two stages": ("misa", {"block": 64, "context": 256, "two_stage": True}),
+    "dynamic-tokenization": ("dynamic-tokenization", MERGED),
+    "dynamic-tokenization by a heuristic": (
+        "dynamic-tokenization",
+        {**MERGED, "prediction": "hybrid", "boundary": "pretoken"},
+    ),
     "distill with LoRA": ("distill", DISTILL),
     "distill all weights": ("distill", {**DISTILL, "weights": "all", "rest": False, "checkpointing": True}),
 }
