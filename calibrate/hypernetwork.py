@@ -8,6 +8,7 @@ first phase; MIMICK, arXiv 1707.06961). What follows is in merged_distillation.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,7 +33,7 @@ class Hypernetwork(nn.Module):
         layers: of the transformer over the pieces.
     """
 
-    def __init__(self, width: int, inputs: int, scale: float, inner: int = 512, layers: int = 2) -> None:
+    def __init__(self, width: int, inputs: int, scale: float, inner: int = 256, layers: int = 2) -> None:
         super().__init__()
         self.scale = scale
         self.enter = nn.Linear(inputs, inner)
@@ -69,6 +70,16 @@ class Pieces:
         return torch.cat([table[ids].float() for table in self._tables], dim=-1), self.real[which]
 
 
+def cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A tenth of the steps up, the rest down to nothing in half a cosine."""
+    warm = max(1, steps // 10)
+
+    def share(step: int) -> float:
+        return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / max(1, steps))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
 def embeddings(model: object) -> tuple[Tensor, Tensor, bool]:
     """A model's embedding, its output layer's weight, and whether they are one."""
     table = model.get_input_embeddings().weight.detach()  # type: ignore[attr-defined]
@@ -92,7 +103,7 @@ def imitate(
     tokenizer: ByteLevel,
     *,
     steps: int,
-    batch: int = 512,
+    batch: int = 256,
     lr: float = 1e-3,
     seed: int = 0,
     listen: Listener = silent,
@@ -115,7 +126,7 @@ def imitate(
     held, own = number[number % HELD == 0], number[number % HELD != 0]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))
+    schedule = cosine(optimizer, steps)
     before = _error(network, pieces, table[targets], held)
     listen(Event(stage, 0, steps))
     for step in range(steps):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsec.calibrate.hypernetwork import Hypernetwork, Pieces, rows_of
+from sparsec.calibrate.hypernetwork import Hypernetwork, Pieces, cosine, rows_of
 from sparsec.calibrate.teacher import Head
 from sparsec.events import Event, Listener, silent
 
@@ -94,9 +94,7 @@ def distil(
     if settings.row_lr:
         groups.append({"params": [rows.own], "lr": settings.row_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in groups], total_steps=max(2, settings.steps), pct_start=0.1
-    )
+    schedule = cosine(optimizer, settings.steps)
     generator = torch.Generator().manual_seed(settings.seed)
     stage, losses = "distil merged tokens", []
     checks = [(0, _held_loss(model, rows, first, held, settings))]

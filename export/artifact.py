@@ -32,6 +32,7 @@ from sparsec.plugins.auto import write_tensors
 
 SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 SPARE = 64 << 20  # bytes left for reports and file-system overhead
 
 
@@ -176,6 +177,7 @@ def write_model(
     settings = dsa.settings(plan, read_json(source / CONFIG))
     if plan.vocabulary is not None:
         settings |= {"vocab_size": plan.vocabulary.rows, "tie_word_embeddings": False}
+        _suppress(aside / GENERATION, range(plan.vocabulary.base, plan.vocabulary.rows))
     if tokenizer is not None:
         (aside / TOKENIZER).write_text(text_of(tokenizer), encoding="utf-8")
     write_json(aside / CONFIG, {**settings, PLAN_KEY: plan.to_json()})
@@ -186,6 +188,12 @@ def write_model(
 def _stored_names(file: Path) -> set[str]:
     with safe_open(file, framework="pt") as stored:
         return set(stored.keys())
+
+
+def _suppress(file: Path, tokens: Sequence[int]) -> None:
+    """Transformers is told beside the weights that these tokens are never written."""
+    settings = read_json(file) if file.is_file() else {}
+    write_json(file, {**settings, "suppress_tokens": [*(settings.get("suppress_tokens") or []), *tokens]})
 
 
 def _untied(left: Mapping[str, Tensor], weights: Sequence[Path]) -> dict[str, str]:

@@ -144,16 +144,18 @@ class _Chain:
             counted = self.count.get(pair, 0)
             if counted < least:
                 continue
+            if left == right:  # of three in a row only two merge: their number is not that of the pairs
+                places = self._live(pair)
+                if len(places) == -negative:
+                    return pair, places
+                if len(places) >= least:
+                    heapq.heappush(self.queue, (-len(places), left, right))
+                continue
             if counted != -negative:
                 if counted < -negative:
                     heapq.heappush(self.queue, (-counted, left, right))
                 continue
-            places = self._live(pair)
-            if len(places) < counted:  # a token beside itself: of three in a row only two merge
-                self.count[pair] = len(places)
-                heapq.heappush(self.queue, (-len(places), left, right))
-                continue
-            return pair, places
+            return pair, self._live(pair)
         return None
 
     def forget(self, pair: tuple[int, int]) -> None:
