@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from sparsec.events import Event, Listener, silent
 from sparsec.plugins.attention import Selection, Step
 from sparsec.plugins.runtime import kv_bytes, new_cache, rows_as, stepping
+from sparsec.plugins.vocabulary import read, reads_merged
 
 LOGITS = 2**28  # numbers that the logits of a batch of windows may be
 
@@ -29,6 +30,8 @@ def decode_logits(
 ) -> tuple[Tensor, int]:
     """Logits of every decode row: [batch, length - prompt, vocabulary], row t for token t + 1; and the cache's bytes.
 
+    A plan with merged tokens reads the prompt in them; decode rows are tokens of the base vocabulary, as it writes.
+
     Args:
         model: with a plan installed, or dense.
         tokens: [batch, length] ids, no padding.
@@ -36,10 +39,13 @@ def decode_logits(
         observe: sees what the selectors do.
     """
     ids = tokens.to(model.device)
+    if len(ids) > 1 and reads_merged(model):  # prompts of one length become prompts of several
+        rows = [decode_logits(model, row[None], prompt, observe) for row in tokens]
+        return torch.cat([logits for logits, _ in rows]), sum(resident for _, resident in rows)
     planned = getattr(model, "sparsec_plan", None) is not None
     cache = new_cache(model, "reference") if planned else DynamicCache(config=model.config)
     with rows_as("prefill"):
-        model.get_decoder()(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
+        model.get_decoder()(input_ids=read(model, ids[:, :prompt])[0], past_key_values=cache, use_cache=True)
     with stepping(Step(decode=True, observe=observe)):
         logits: Tensor = model(input_ids=ids[:, prompt:], past_key_values=cache, use_cache=True).logits
     return logits, kv_bytes(cache)

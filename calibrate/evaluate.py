@@ -107,7 +107,8 @@ def baseline_plan(name: str, plan: Plan) -> Plan | None:
         heads = layer.heads if name == "split" or layer.heads is None else (0,) * len(layer.heads)
         layers.append({"heads": heads, "index": "none"})
     window = plan.window and plan.window.model_copy(update={"compensate": False})
-    return plan.edit(layers=layers, selector=None, window=window)
+    # Merged tokens are the artifact's, with its weights: baselines read the base model's.
+    return plan.edit(layers=layers, selector=None, window=window, vocabulary=None)
 
 
 def evaluate(

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsec.calibrate.decode import LOGITS, decode_logits
 from sparsec.calibrate.tasks import greedy
 from sparsec.events import Event, Listener, silent
+from sparsec.plugins.vocabulary import read
 
 FIRST = 256  # tokens at the beginning whose agreement is reported on its own
 GRAM = 4
@@ -73,9 +74,9 @@ def continued(
     parts: list[Tensor] = []
     listen(Event(stage, 0, len(prompts)))
     for batch in torch.split(prompts, batch_size):
-        ids = batch.to(model.device)
+        ids, mask = read(model, batch.to(model.device))
         with greedy(model, tokenizer, new_tokens, stop=False), torch.no_grad():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids))
+            out = model.generate(ids, attention_mask=mask)
         parts.append(out[:, ids.shape[1] :].cpu())
         listen(Event(stage, sum(map(len, parts)), len(prompts)))
     return torch.cat(parts)

@@ -28,6 +28,7 @@ from sparsec.calibrate import (
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.tasks_frame import GOLDEN, Draw, Haystack, Hidden, Listing, Prompt, assemble, least_gap
 from sparsec.errors import UsageError
+from sparsec.plugins.vocabulary import read
 
 __all__ = ["GROUPS", "TASKS", "Haystack", "Prompt", "Score", "answer_batch", "greedy", "named", "prompts", "score"]
 
@@ -150,9 +151,9 @@ def prompts(
     texts = haystack.texts(length, count, seed)
     start = random.Random(f"{seed}/{task}/{length}").random()
     made = []
-    for number, (text, read) in enumerate(zip(texts, calibration.tokenizer.batch_decode(texts), strict=True)):
+    for number, (text, words) in enumerate(zip(texts, calibration.tokenizer.batch_decode(texts), strict=True)):
         rng = random.Random(f"{seed}/{task}/{length}/{number}")
-        asked = TASKS[task].make(Draw(haystack, rng, read, length, least_gap(length, gap), pairs))
+        asked = TASKS[task].make(Draw(haystack, rng, words, length, least_gap(length, gap), pairs))
         made.append(assemble(asked, task, haystack, text, at=(start + number * GOLDEN) % 1, gap=gap))
     return made
 
@@ -166,8 +167,9 @@ def answer_batch(model: Any, tokenizer: Any, batch: Sequence[Prompt], *, max_new
     if len({len(prompt.tokens) for prompt in batch}) != 1:
         raise UsageError("a batch needs prompts of one length: answer each length on its own")
     ids = torch.stack([prompt.tokens for prompt in batch]).to(model.device)
+    ids, mask = read(model, ids)
     with greedy(model, tokenizer, max_new_tokens):
-        out = model.generate(ids, attention_mask=torch.ones_like(ids))
+        out = model.generate(ids, attention_mask=mask)
     texts: list[str] = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return texts
 

@@ -44,9 +44,12 @@ from sparsec.export.artifact import (
 )
 from sparsec.export.card import model_card
 from sparsec.export.report import render_report
+from sparsec.export.tokenizer import merged_tokenizer, with_description
 from sparsec.layout import CARD, GOLDEN, MEASUREMENTS, REPORT
 from sparsec.passes.base import Pass, Program, lacks
-from sparsec.plan import PassRecord, Plan
+from sparsec.plan import PassRecord, Plan, Vocabulary
+from sparsec.plugins import vocabulary
+from sparsec.plugins.byte_level import ByteLevel
 from sparsec.plugins.device import check_dtype, device_map
 from sparsec.plugins.families import base_plan
 from sparsec.plugins.load import load
@@ -115,7 +118,9 @@ def compile_model(job: Job) -> Outcome:
     plan = compile_.program.plan
     with writing(job.out, force=job.force) as aside:
         program = compile_.program
-        write_model(aside, source.path, weight_files(source.path), plan, program.tensors, compile_.weights)
+        write_model(
+            aside, source.path, weight_files(source.path), plan, program.tensors, compile_.weights, compile_.tokenizer
+        )
         judged, answers = compile_.judge(aside)
         measurements = compile_.measurements(judged)
         manifest = compile_.manifest(passes)
@@ -142,6 +147,8 @@ class _Compile:
         self.stages = Stages(job.cache_dir / "stages")
         self.passes: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
+        self.text = calibration  # as the base model's tokenizer reads it: what the exam is drawn from
+        self.tokenizer: dict[str, Any] | None = None  # tokenizer.json, where a pass merged tokens
         self.weights: dict[str, Tensor] = {}  # base weights that passes trained
         self.found: dict[str, dict[str, Any]] = {}  # the exam's results of the dense model, whole and in windows
         self._exam: Exam | None = None
@@ -167,6 +174,8 @@ class _Compile:
         record = PassRecord(name=each.name, config=config).model_dump(mode="json")
         plan = plan.edit(passes=[*(p.model_dump(mode="json") for p in program.plan.passes), record])
         trained = {name.removeprefix(WEIGHTS): tensors.pop(name) for name in list(tensors) if name.startswith(WEIGHTS)}
+        if plan.vocabulary is not None and program.plan.vocabulary is None:
+            tensors = self._extend(plan.vocabulary, data["measured"]["pairs"], tensors)
         put_weights(program.model, trained)
         self.weights |= trained
         tier = each.tier_of_run()
@@ -174,6 +183,17 @@ class _Compile:
         if each.budget() is not None:
             self.passes[-1]["budget"] = each.budget()
         self.program = replace(program, plan=plan, tensors=tensors)
+
+    def _extend(self, merged: Vocabulary, pairs: list[list[int]], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From here on the model has the merged tokens' rows, and passes measure on text in merged tokens."""
+        vocabulary.extend(self.program.model, merged, tensors)
+        self.weights |= vocabulary.extended_weights(self.program.model)
+        merges = [(left, right, merged.base + number) for number, (left, right) in enumerate(pairs)]
+        own = self.text.tokenizer
+        self.tokenizer = merged_tokenizer(ByteLevel.of(own), merges, merged.boundary)
+        read = with_description(own, self.tokenizer)
+        self.calibration = Calibration(self.text.corpus, read, seed=self.job.recipe.seed)
+        return {name: tensor for name, tensor in tensors.items() if name not in (vocabulary.INPUT, vocabulary.NEVER)}
 
     def free_model(self) -> None:
         """The dense model goes before the artifact is loaded: one model in memory at a time."""
@@ -193,7 +213,7 @@ class _Compile:
 
     def measure_pass(self) -> None:
         """What the passes so far cost: the same measure as the gate's, on the program in memory."""
-        if not self.program.plan.is_dense:
+        if not self.program.plan.is_dense or self.program.plan.vocabulary is not None:
             name = self.passes[-1]["name"]
             after = self._measure(f"measure {name}", self.program.plan)
             self.passes[-1]["after"] = shown(after) | {"selector": after["selector"]}
@@ -205,7 +225,9 @@ class _Compile:
 
         def measure(_: Path) -> Stored:
             with applied(program.model, plan, tensors) if plan else nullcontext():
-                return exam.take(program.model, self.calibration.tokenizer, self.job.listen, stage), {}
+                if plan is program.plan:
+                    vocabulary.set_reader(program.model, self.calibration.tokenizer)
+                return exam.take(program.model, self.text.tokenizer, self.job.listen, stage), {}
 
         found = self._stage(
             stage,
@@ -223,7 +245,7 @@ class _Compile:
         if self._exam is None:
             recipe = self.job.recipe
             readable = int(self.program.model.config.max_position_embeddings)
-            self._exam = Exam.drawn(recipe.gate, self.program.plan, self.calibration, recipe.seed, readable)
+            self._exam = Exam.drawn(recipe.gate, self.program.plan, self.text, recipe.seed, readable)
         return self._exam
 
     def judge(self, aside: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -252,7 +274,7 @@ class _Compile:
             "seed": self.job.recipe.seed,
             "passes": self.passes,
             "gate": dict(gate),
-            "calibration": self.calibration.describe(),
+            "calibration": self.text.describe(),
         }
 
     def manifest(self, passes: list[Pass]) -> dict[str, Any]:
@@ -270,7 +292,7 @@ class _Compile:
                 "language": list(self.source.language),
             },
             "recipe": self.job.recipe.model_copy(update={"passes": resolved}).model_dump(mode="json"),
-            "calibration": self.calibration.digest,
+            "calibration": self.text.digest,
             "weights": "trained" if self.weights else "unchanged",
             "device": self.job.device,
             "dtype": self.job.dtype,

@@ -36,6 +36,7 @@ from sparsec.plugins.device import check_dtype, device_map
 from sparsec.plugins.kernels.support import Kernels
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import applied, tensor_names, uninstall, use_kernels
+from sparsec.plugins.vocabulary import unmerged
 
 ARTIFACT = "artifact"  # in --systems: every artifact; in the table: the only one
 
@@ -66,7 +67,8 @@ class Compiled:
             SourceError: transformers cannot read it.
         """
         with transformers_call(f"transformers cannot read the tokenizer in {self.path}", "copy or compile it again"):
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            own = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        return own if self.plan.vocabulary is None else unmerged(own, self.plan.vocabulary.base)
 
     @property
     def identity(self) -> Any:

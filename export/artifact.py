@@ -25,12 +25,15 @@ from sparsec.errors import ArtifactError
 from sparsec.export import dsa
 from sparsec.export.aside import filling, locked, sync, sync_folder
 from sparsec.export.manifest import as_written, sealed
+from sparsec.export.tokenizer import FILE as TOKENIZER
+from sparsec.export.tokenizer import OTHER_FILES, text_of
 from sparsec.layout import CONFIG, MANIFEST, MEASUREMENTS, PLAN_KEY, TENSORS, is_artifact, read_json, sha256
 from sparsec.plan import Plan
 from sparsec.plugins.auto import write_tensors
 
 SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 SPARE = 64 << 20  # bytes left for reports and file-system overhead
 
 
@@ -134,6 +137,7 @@ def write_model(
     plan: Plan,
     tensors: Mapping[str, Tensor],
     trained: Mapping[str, Tensor] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
 ) -> None:
     """The model's files with the plan: all that the runtime needs.
 
@@ -144,21 +148,26 @@ def write_model(
         plan: goes into config.json.
         tensors: the plan's, by artifact name.
         trained: base weights that passes changed, by name; they are stored in the dtype that the file has them in.
+        tokenizer: another content of tokenizer.json.
 
     Raises:
         ArtifactError: a trained weight has no place in the files.
     """
     left = dict(trained or {})
+    untied = _untied(left, weights) if plan.vocabulary is not None else {}
     for file in model_files(source, weights):
+        if tokenizer is not None and file.name in OTHER_FILES:
+            continue
         place = aside / file.relative_to(source)
         place.parent.mkdir(exist_ok=True)
         stored = _stored_names(file) if file.suffix == ".safetensors" else set()
         gone = dsa.left_out(plan, stored)
         names = (stored & left.keys()) - gone
         if names or gone:
-            _rewrite(file, place, {name: left.pop(name) for name in names}, gone)
+            new = {name: left.pop(name) for name, home in untied.items() if home == file.name}
+            _rewrite(file, place, {name: left.pop(name) for name in names}, gone, new)
         elif file.name == INDEX:
-            _rewrite_index(file, place, plan)
+            _rewrite_index(file, place, plan, untied)
         else:
             shutil.copyfile(file, place)
     if left:
@@ -166,7 +175,13 @@ def write_model(
             f"the trained weight {min(left)} is not in the files of {source}: save the checkpoint again with "
             "save_pretrained of transformers and compile that"
         )
-    write_json(aside / CONFIG, {**dsa.settings(plan, read_json(source / CONFIG)), PLAN_KEY: plan.to_json()})
+    settings = dsa.settings(plan, read_json(source / CONFIG))
+    if plan.vocabulary is not None:
+        settings |= {"vocab_size": plan.vocabulary.rows, "tie_word_embeddings": False}
+        _suppress(aside / GENERATION, range(plan.vocabulary.base, plan.vocabulary.rows))
+    if tokenizer is not None:
+        (aside / TOKENIZER).write_text(text_of(tokenizer), encoding="utf-8")
+    write_json(aside / CONFIG, {**settings, PLAN_KEY: plan.to_json()})
     if tensors:
         write_tensors(aside / TENSORS, tensors)
 
@@ -176,24 +191,39 @@ def _stored_names(file: Path) -> set[str]:
         return set(stored.keys())
 
 
-def _rewrite(file: Path, place: Path, changed: Mapping[str, Tensor], gone: set[str]) -> None:
-    """A weights file with some tensors replaced and others left out."""
+def _suppress(file: Path, tokens: Sequence[int]) -> None:
+    """Transformers is told beside the weights that these tokens are never written."""
+    settings = read_json(file) if file.is_file() else {}
+    write_json(file, {**settings, "suppress_tokens": [*(settings.get("suppress_tokens") or []), *tokens]})
+
+
+def _untied(left: Mapping[str, Tensor], weights: Sequence[Path]) -> dict[str, str]:
+    """Weights that no file has, and the file each goes to: an output layer that was the embedding, beside that."""
+    homes = {name: file.name for file in weights for name in _stored_names(file)}
+    near = next((homes[name] for name in sorted(left) if name in homes), None)
+    return {} if near is None else {name: near for name in left if name not in homes}
+
+
+def _rewrite(file: Path, place: Path, changed: Mapping[str, Tensor], gone: set[str], new: Mapping[str, Tensor]) -> None:
+    """A weights file with some tensors replaced, others left out, and others new in it."""
     with safe_open(file, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys() if name not in gone}  # noqa: SIM118
         metadata = stored.metadata()
     for name, weight in changed.items():
         tensors[name] = weight.to(tensors[name].dtype).contiguous()
+    for name, weight in new.items():
+        tensors[name] = weight.to(tensors[next(iter(changed))].dtype).contiguous()
     save_file(tensors, place, metadata=metadata)
 
 
-def _rewrite_index(file: Path, place: Path, plan: Plan) -> None:
-    """The index of shards without the tensors that are left out."""
+def _rewrite_index(file: Path, place: Path, plan: Plan, new: Mapping[str, str]) -> None:
+    """The index of shards without the tensors that are left out, and with those that are new."""
     index = read_json(file)
     gone = dsa.left_out(plan, index["weight_map"])
-    if not gone:
+    if not gone and not new:
         shutil.copyfile(file, place)
         return
-    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if name not in gone}
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if name not in gone} | dict(new)
     index["metadata"] = {}  # its sizes were of the whole
     write_json(place, index)
 

@@ -47,7 +47,14 @@ class Distill(Pass):
     }
     summary: ClassVar[str] = "train the weights under the plan against the dense model (RTPurbo's second stage)"
     source: ClassVar[str] = "RTPurbo, arXiv 2605.16928"
-    after: ClassVar[tuple[str, ...]] = ("rtpurbo", "razor", "window", "indexcache", "informed-routing")
+    after: ClassVar[tuple[str, ...]] = (
+        "dynamic-tokenization",
+        "rtpurbo",
+        "razor",
+        "window",
+        "indexcache",
+        "informed-routing",
+    )
     needs: ClassVar[tuple[Need, ...]] = ("heads",)
     trains: ClassVar[bool] = True
     parallel: ClassVar[bool] = True

@@ -24,7 +24,7 @@ class Hisa(Pass):
     tier: ClassVar[Tier] = "training-free"
     summary: ClassVar[str] = "let a DSA model's indexers rank blocks before tokens"
     source: ClassVar[str] = "HISA, arXiv 2603.28458"
-    after: ClassVar[tuple[str, ...]] = ("indexcache",)
+    after: ClassVar[tuple[str, ...]] = ("dynamic-tokenization", "indexcache")
     needs: ClassVar[tuple[Need, ...]] = ("a model with indexers of its own",)
 
     block: int = Field(default=128, ge=1, description="tokens a block (the paper: 128)")

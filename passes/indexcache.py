@@ -47,7 +47,7 @@ class IndexCache(Pass):
     }
     summary: ClassVar[str] = "share index sets between layers: greedy search, then indexers trained for all they serve"
     source: ClassVar[str] = "IndexCache, arXiv 2603.12201"
-    after: ClassVar[tuple[str, ...]] = ("rtpurbo",)
+    after: ClassVar[tuple[str, ...]] = ("dynamic-tokenization", "rtpurbo")
     needs: ClassVar[tuple[Need, ...]] = ("indexers",)
     gives: ClassVar[tuple[Need, ...]] = ("indexers",)
     trains: ClassVar[bool] = True  # a model's own indexers

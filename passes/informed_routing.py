@@ -44,7 +44,7 @@ class InformedRouting(Pass):
     }
     summary: ClassVar[str] = "forecast units' outputs for the tokens that routers send away"
     source: ClassVar[str] = "Informed Routing, arXiv 2510.13831"
-    after: ClassVar[tuple[str, ...]] = ("rtpurbo", "razor", "window", "indexcache")
+    after: ClassVar[tuple[str, ...]] = ("dynamic-tokenization", "rtpurbo", "razor", "window", "indexcache")
 
     remove: float = Field(default=0.25, gt=0, lt=1, description="share of all units' FLOPs to remove, overheads paid")
     units: Literal["both", "attention", "mlp"] = Field(default="both", description="which of them are routed")

@@ -24,7 +24,7 @@ class Misa(Pass):
     tier: ClassVar[Tier] = "training-free"
     summary: ClassVar[str] = "let each query of a DSA model use its best indexer heads only"
     source: ClassVar[str] = "MISA, arXiv 2605.07363"
-    after: ClassVar[tuple[str, ...]] = ("indexcache", "hisa")
+    after: ClassVar[tuple[str, ...]] = ("dynamic-tokenization", "indexcache", "hisa")
     needs: ClassVar[tuple[Need, ...]] = ("a model with indexers of its own",)
 
     heads: int | None = Field(default=None, ge=1, description="heads a query; null: an eighth (the paper: 8 of 64)")

@@ -30,6 +30,7 @@ class Razor(Pass):
     tier: ClassVar[Tier] = "training-free"
     summary: ClassVar[str] = "keep echo and induction heads dense, window the other heads"
     source: ClassVar[str] = "RazorAttention, arXiv 2407.15891"
+    after: ClassVar[tuple[str, ...]] = ("dynamic-tokenization",)
     conflicts: ClassVar[tuple[str, ...]] = ("rtpurbo", "window")
     needs: ClassVar[tuple[Need, ...]] = ("a dense model",)
     gives: ClassVar[tuple[Need, ...]] = ("heads",)

@@ -57,6 +57,7 @@ class Rtpurbo(Pass):
     }
     summary: ClassVar[str] = "keep retrieval heads with low-rank indexers, window the other heads"
     source: ClassVar[str] = "RTPurbo, arXiv 2605.16928"
+    after: ClassVar[tuple[str, ...]] = ("dynamic-tokenization",)
     conflicts: ClassVar[tuple[str, ...]] = ("razor", "window")
     needs: ClassVar[tuple[Need, ...]] = ("a dense model",)
     gives: ClassVar[tuple[Need, ...]] = ("heads", "indexers")

@@ -25,6 +25,7 @@ class Window(Pass):
     tier: ClassVar[Tier] = "training-free"
     summary: ClassVar[str] = "window every head: the baseline"
     source: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
+    after: ClassVar[tuple[str, ...]] = ("dynamic-tokenization",)
     conflicts: ClassVar[tuple[str, ...]] = ("rtpurbo", "razor")
     needs: ClassVar[tuple[Need, ...]] = ("a dense model",)
     gives: ClassVar[tuple[Need, ...]] = ("heads",)

@@ -16,6 +16,7 @@ from sparsec.plugins.device import check_dtype, device_map
 from sparsec.plugins.kernels.support import Kernels
 from sparsec.plugins.quiet import silenced
 from sparsec.plugins.runtime import use_kernels
+from sparsec.plugins.vocabulary import set_reader
 
 
 class Loaded(NamedTuple):
@@ -64,4 +65,5 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str = "auto", kernels:
     if lost:
         raise ArtifactError(f"{path} lacks the weights {', '.join(lost[:3])}: copy or compile it again")
     use_kernels(model, kernels)
+    set_reader(model, tokenizer)
     return Loaded(model.eval().requires_grad_(False), tokenizer)

@@ -23,7 +23,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from sparsec.errors import PlanError
 from sparsec.plan import Plan
-from sparsec.plugins import dsa
+from sparsec.plugins import dsa, vocabulary
 from sparsec.plugins.attention import Step, layer_runtime, sparsec_attention
 from sparsec.plugins.cache import PlanLayer, SparseLayer
 from sparsec.plugins.families import attention_modules, native_local_layers, shape_of
@@ -79,6 +79,8 @@ def check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     dsa.check(model, plan)
     check_routing(model, plan)
     expected = tensor_names(plan)
+    if plan.vocabulary is not None and vocabulary.check(model, plan.vocabulary):
+        expected |= vocabulary.tensor_names(plan)
     for name, size in expected.items():
         if name not in tensors:
             raise PlanError(f"the plan needs the tensor {name}, which is missing: compile again")
@@ -106,6 +108,9 @@ def install(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None
     check(model, plan, tensors)
     uninstall(model)
     dense = getattr(model.config, "_attn_implementation", None)
+    if plan.vocabulary is not None and vocabulary.check(model, plan.vocabulary):
+        before = vocabulary.extend(model, plan.vocabulary, tensors)
+        object.__setattr__(model, "sparsec_base", before)
     hooks: list[Any] = []
     if plan.dsa is not None:
         dsa.install(model, plan)
@@ -162,6 +167,10 @@ def uninstall(model: nn.Module) -> None:
         del module.sparsec
         if isinstance(getattr(module, "indexer", None), Indexer):
             del module.indexer
+    before = model.__dict__.pop("sparsec_base", None)
+    if before is not None:
+        vocabulary.restore(model, before)
+    vocabulary.set_reader(model, None)
     del model.sparsec_installed, model.sparsec_plan
     decoder = model.get_decoder()  # type: ignore[operator]
     del decoder.sparsec_plan, decoder.sparsec_modules, decoder.sparsec_kernels, decoder.sparsec_routed
@@ -172,7 +181,7 @@ def uninstall(model: nn.Module) -> None:
 def applied(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """``plan`` runs inside the block, what ran before runs after it."""
     before = getattr(model, "sparsec_plan", None)
-    kept = added_tensors(model) if before is not None else {}
+    kept = added_tensors(model) | vocabulary.added_tensors(model) if before is not None else {}
     kernels: Kernels = model.get_decoder().sparsec_kernels if before is not None else "reference"  # type: ignore
     install(model, plan, tensors or {})
     try:

@@ -171,6 +171,26 @@ class Routing(Strict):
         return self
 
 
+class Vocabulary(Strict):
+    """Merged tokens beside the model's own: prompts are read in fewer positions (docs/passes/dynamic-tokenization.md).
+
+    Merged tokens are read and never written: what is generated are tokens of the base vocabulary.
+    """
+
+    mode: Literal["static"] = Field(description="static: the merges are frozen and stand in tokenizer.json")
+    base: int = Field(ge=1, description="rows of the base model's embedding; ids from here on are merged tokens")
+    merged: int = Field(ge=1, description="merged tokens")
+    rows: int = Field(ge=1, description="rows of the embedding; those behind the merged tokens only fill it up")
+    width: int = Field(ge=1, description="dimensions of an embedding")
+    boundary: Literal["pretoken", "word", "phrase"] = Field(description="what a merged token stays in")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.rows < self.base + self.merged:
+            raise ValueError(f"{self.rows} rows do not hold {self.base} tokens and {self.merged} merged ones")
+        return self
+
+
 class LayerPlan(Strict):
     """One decoder layer."""
 
@@ -218,17 +238,16 @@ class Plan(Strict):
     min_context: int = Field(
         default=0, ge=0, description="a query whose context, itself included, is at most this long is dense"
     )
+    vocabulary: Vocabulary | None = Field(default=None, description="null, or absent: the base model's")
     layers: tuple[LayerPlan, ...]
     routing: Routing | None = Field(default=None, description="null, or absent: every token runs every unit")
     passes: tuple[PassRecord, ...] = ()
 
     @model_serializer(mode="wrap")
     def _without_null(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A plan without routing is written as it was before there was any, and keeps its digest."""
+        """What a plan does not use is not in its JSON: plans keep their digests when fields are added."""
         data: dict[str, Any] = write(self)
-        if self.routing is None:
-            data.pop("routing", None)
-        return data
+        return {key: value for key, value in data.items() if value is not None or key not in ("vocabulary", "routing")}
 
     @classmethod
     def dense(cls, model: ModelShape, producer: str, native: tuple[int, ...] = ()) -> Plan:
@@ -267,12 +286,17 @@ class Plan(Strict):
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data; :meth:`parse` gives an equal plan back."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude=self._unsaid)
+
+    @property
+    def _unsaid(self) -> set[str]:
+        """Fields that came later and say nothing here: plans without them stay what they were, byte by byte."""
+        return {"vocabulary"} if self.vocabulary is None else set()
 
     @property
     def digest(self) -> str:
         """sha256 of what runs: everything but the producer and the passes' records."""
-        data = self.model_dump(mode="json", exclude={"producer", "passes"})
+        data = self.model_dump(mode="json", exclude={"producer", "passes"} | self._unsaid)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -43,6 +43,7 @@ DISTILL = {
 }
 ROUTING = {"context": 128, "tokens": 1024, "samples": 512, "sensitivity_windows": 1, "search_windows": 1, "rank": 4}
 ROUTING_TRAINED = {**ROUTING, "epochs": 2, "steps": 3, "train_context": 64, "hidden": 4, "remove": 0.2}
+MERGED = {"merges": 60, "imitation_steps": 3, "steps": 3, "batch": 2, "windows": 4, "context": 96, "depth": 2}
 RAZOR = {"window": 32, "draws": 2, "copies": 3}
 
 # A row: the pass, and the options that make it different from tests/conftest.py's tiny ones. Before it run those
@@ -69,6 +70,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "informed-routing that skips MLPs": (
         "informed-routing",
         {**ROUTING, "steps": 0, "rank": 0, "units": "mlp"},
+    ),
+    "dynamic-tokenization": ("dynamic-tokenization", MERGED),
+    "dynamic-tokenization by a heuristic": (
+        "dynamic-tokenization",
+        {**MERGED, "prediction": "hybrid", "boundary": "pretoken"},
     ),
     "distill with LoRA": ("distill", DISTILL),
     "distill all weights": ("distill", {**DISTILL, "weights": "all", "rest": False, "checkpointing": True}),

@@ -30,7 +30,7 @@ TRT = "Flavour of TensorRT: for RTX GPUs, built without one, or for data-centre 
 def export_command(
     artifact: Path, target: str, out: Path | None, dtype: str, trt: Flavour, slots: int, as_json: bool
 ) -> None:
-    """Write graphs or engines into ARTIFACT, or its head split or sharing pattern as files that another engine reads."""
+    """Write graphs or engines into ARTIFACT, or its head split or sharing pattern as another engine reads it."""
     from sparsec.export.dialects import DIALECTS
 
     writers = {name: each.encode for name, each in DIALECTS.items() if each.encode is not None}

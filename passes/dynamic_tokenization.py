@@ -1,0 +1,162 @@
+"""dynamic-tokenization: tokens that the tokenizer never had, so that prompts take fewer positions.
+
+Dynamic tokenization (Feher, Vulić, Minixhofer, arXiv 2411.18553) merges frequent neighbours of a batch and lets a
+hypernetwork predict their embeddings. Here the merges are mined from the calibration text once and frozen: the paper's
+authors would call that vocabulary extension, and the plan calls it ``static``. What is ours:
+docs/passes/dynamic-tokenization.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sparsec.calibrate.hypernetwork import Pieces, embeddings, imitate, new_hypernetwork
+from sparsec.calibrate.merged_distillation import Rows, Settings, as_windows, distil
+from sparsec.calibrate.merged_embeddings import estimate, never_sampled
+from sparsec.calibrate.merges import Mined, mine_text, saved_share
+from sparsec.calibrate.splits import Calibration
+from sparsec.errors import PlanError
+from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
+from sparsec.plan import Plan
+from sparsec.plugins.vocabulary import INPUT, NEVER
+
+MULTIPLE = 64  # embedding rows come in such numbers, as kernels like them
+SHOWN = 40  # merged tokens that the report lists
+STATES = (4, 512)  # windows and tokens that the row which is never sampled is fitted on
+
+
+class DynamicTokenization(Pass):
+    """How many merges, how wide, and how their embeddings are found. Lengths are tokens."""
+
+    name: ClassVar[str] = "dynamic-tokenization"
+    tier: ClassVar[Tier] = "minutes"
+    presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {
+        "training-free": {"prediction": "mean"},
+        "minutes": {},
+        "hours": {"imitation_steps": 2000, "steps": 2000, "windows": 8000, "batch": 16, "context": 512, "depth": None},
+    }
+    summary: ClassVar[str] = "merge frequent neighbours into new tokens, predict their embeddings, read fewer positions"
+    source: ClassVar[str] = "Dynamic tokenization, arXiv 2411.18553"
+    needs: ClassVar[tuple[Need, ...]] = ("a dense model",)
+
+    merges: int = Field(default=5000, ge=1, le=1_000_000, description="merged tokens, at most")
+    boundary: Literal["pretoken", "word", "phrase"] = Field(
+        default="phrase", description="what a merged token stays in: the tokenizer's pretoken, a word, up to 16 words"
+    )
+    least: int = Field(default=4, ge=2, description="a pair that the train text has less often is not merged")
+    prediction: Literal["mean", "local", "global", "hybrid", "hypernetwork"] = Field(
+        default="hypernetwork", description="of embeddings: the mean of the pieces, TokenAdapt's, or trained here"
+    )
+    imitation_steps: int = Field(default=200, ge=0, description="steps on tokens that the vocabulary has")
+    steps: int = Field(default=60, ge=0, description="steps against the model on unmerged text")
+    batch: int = Field(default=4, ge=1, description="windows a step")
+    windows: int = Field(default=400, ge=1, description="different windows, at most as many as the text has")
+    context: int = Field(default=256, ge=32, description="base tokens a window")
+    depth: int | None = Field(
+        default=8, ge=1, description="layers behind which both are compared; null: all, and next tokens too"
+    )
+    lr: float = Field(default=5e-4, gt=0, description="peak rate of the hypernetwork")
+    row_lr: float = Field(default=3e-3, ge=0, description="of a correction to each row; 0: none")
+
+    def tier_of_run(self) -> Tier:
+        """Heuristics train nothing; all layers are for a GPU."""
+        if self.prediction != "hypernetwork":
+            return "training-free"
+        return "minutes" if self.depth is not None else "hours"
+
+    def run(self, program: Program, calibration: Calibration) -> PassResult:
+        """Mine, predict, perhaps train. See :class:`sparsec.passes.base.Pass`."""
+        if program.plan.vocabulary is not None:
+            raise PlanError("the plan has merged tokens already: run dynamic-tokenization once")
+        model = program.model
+        table, head, tied = embeddings(model)
+        mined = mine_text(
+            calibration,
+            self.merges,
+            first=len(table),
+            boundary=self.boundary,
+            least=self.least,
+            listen=program.listen,
+        )
+        trained: dict[str, Any] = {}
+        if self.prediction == "hypernetwork":
+            rows, trained = self._trained(program, calibration, mined)
+        else:
+            size = mined.base.bytes_of
+            lengths = [[len(size[part] or b"") for part in parts] for parts in mined.constituents]
+            rows = estimate(self.prediction, table, mined.constituents, lengths)
+        never = never_sampled(self._states(model, calibration, program.seed), head)
+        count = len(mined.merges)
+        vocabulary = {
+            "mode": "static",
+            "base": len(table),
+            "merged": count,
+            "rows": -(-(len(table) + count) // MULTIPLE) * MULTIPLE,
+            "width": table.shape[1],
+            "boundary": self.boundary,
+        }
+        held = saved_share(mined, calibration.tokenizer, [one.text for one in calibration.texts("heldout")])
+        measured = {
+            "merges": count,
+            "boundary": self.boundary,
+            "prediction": self.prediction,
+            "tied": tied,
+            "pairs": [list(merge[:2]) for merge in mined.merges],
+            "mined_from": mined.tokens,
+            "saved_train": sum(mined.saved) / max(1, mined.tokens),
+            "heldout": held,
+            "first": [data.decode("utf-8", "replace") for data in mined.spelling[:SHOWN]],
+            **trained,
+        }
+        tensors: dict[str, Tensor] = {INPUT: rows.float().cpu().contiguous(), NEVER: never.cpu().contiguous()}
+        return PassResult(program.plan.edit(vocabulary=vocabulary), {**program.tensors, **tensors}, measured)
+
+    def cost(self, plan: Plan, max_positions: int) -> Cost:
+        """A step is a teacher's forward, and a forward and a backward to the embeddings, of a share of the layers."""
+        states = STATES[0] * STATES[1]
+        if self.prediction != "hypernetwork":
+            return Cost(tokens=states)
+        share = 1.0 if self.depth is None else min(1.0, self.depth / plan.model.layers)
+        return Cost(tokens=states + int(4 * self.steps * self.batch * self.context * share))
+
+    def _trained(self, program: Program, calibration: Calibration, mined: Mined) -> tuple[Tensor, dict[str, Any]]:
+        model, seed = program.model, program.seed
+        table, head, tied = embeddings(model)
+        network = new_hypernetwork(model, seed)
+        imitated = imitate(network, model, mined.base, steps=self.imitation_steps, seed=seed, listen=program.listen)
+        rows = Rows(network, Pieces(mined.constituents, table, head, tied), len(mined.merges), table.shape[1])
+        found: dict[str, Any] = {"imitation": dict(imitated)}
+        if self.steps:
+            merger, pieces = mined.merger()
+            length = min(
+                self.context, calibration.longest("train", self.context), calibration.longest("search", self.context)
+            )
+            windows, held = (
+                as_windows(
+                    calibration.windows(split, length, min(most, calibration.available(split, length)), seed=seed),
+                    merger,
+                    pieces,
+                )
+                for split, most in (("train", self.windows), ("search", 2 * self.batch))
+            )
+            depth = None if self.depth is None or self.depth >= program.plan.model.layers else self.depth
+            settings = Settings(self.steps, self.batch, self.lr, self.row_lr, depth, seed)
+            found["distilled"] = distil(model, rows, len(table), windows, held, settings, program.listen) | {
+                "context": length,
+                "windows": len(windows),
+            }
+        return rows.all(), found
+
+    @torch.no_grad()
+    def _states(self, model: Any, calibration: Calibration, seed: int) -> Tensor:
+        """What the output layer gets on train text, [rows, width]."""
+        length = calibration.longest("train", STATES[1])
+        count = min(STATES[0], calibration.available("train", length))
+        tokens = calibration.windows("train", length, count, seed=seed).to(model.device)
+        states: Tensor = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        return states.flatten(0, 1)

@@ -1,0 +1,175 @@
+"""Runs a plan's merged tokens: rows behind the model's own embedding, and prompts read in them.
+
+Input rows are what a pass predicted. All output rows behind the base vocabulary are one and the same: a row whose logit
+is far below every other's, so that no engine, whatever its sampler, writes a merged token or one that only
+fills the matrix up to a multiple of 64. A model with tied embeddings is untied for that.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from sparsec.errors import PlanError
+from sparsec.plan import Plan, Vocabulary
+from sparsec.plugins.byte_level import ByteLevel, Pieces
+from sparsec.plugins.merging import Merger
+
+INPUT = "vocabulary.input.weight"  # [merged, width]
+NEVER = "vocabulary.never.weight"  # [width]
+
+
+def tensor_names(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The tensors of a plan's merged tokens, as long as they are not rows of the embedding, with their shapes."""
+    own = plan.vocabulary
+    return {} if own is None else {INPUT: (own.merged, own.width), NEVER: (own.width,)}
+
+
+def check(model: nn.Module, vocabulary: Vocabulary) -> bool:
+    """Does the model lack the rows? With them it is an artifact's.
+
+    Raises:
+        PlanError: the embedding has neither the base model's size nor the plan's.
+    """
+    rows, width = model.get_input_embeddings().weight.shape  # type: ignore[operator]
+    if width != vocabulary.width or rows not in (vocabulary.base, vocabulary.rows):
+        raise PlanError(
+            f"the plan's vocabulary has {vocabulary.rows} rows of {vocabulary.width} on {vocabulary.base}, the model's "
+            f"embedding {rows} of {width}: use the checkpoint it was compiled from"
+        )
+    return bool(rows == vocabulary.base)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a model was like before it was extended."""
+
+    embedding: nn.Parameter
+    head: nn.Parameter
+    bias: nn.Parameter | None
+    tied: bool
+
+
+@torch.no_grad()
+def extend(model: Any, vocabulary: Vocabulary, tensors: Mapping[str, Tensor]) -> Base:
+    """Put the rows behind the model's own, in place; :func:`restore` takes them off."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    before = Base(embedding.weight, head.weight, head.bias, bool(model.config.get_text_config().tie_word_embeddings))
+    new, fill = vocabulary.rows - vocabulary.base, vocabulary.rows - vocabulary.base - vocabulary.merged
+    rows = torch.cat([tensors[INPUT], tensors[INPUT].new_zeros(fill, vocabulary.width)])
+    embedding.weight = _behind(before.embedding, rows)
+    head.weight = _behind(before.head, tensors[NEVER].expand(new, -1))
+    if before.bias is not None:
+        head.bias = _behind(before.bias, before.bias.new_zeros(new))
+    _size(model, vocabulary.rows, tied=False)
+    return before
+
+
+def restore(model: Any, before: Base) -> None:
+    """As the model was before :func:`extend`."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding.weight, head.weight, head.bias = before.embedding, before.head, before.bias
+    _size(model, len(before.embedding), tied=before.tied)
+
+
+def added_tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors that :func:`extend` put behind the rows of a model that runs a plan; none where it put none."""
+    if "sparsec_base" not in model.__dict__:
+        return {}
+    own: Vocabulary = model.sparsec_plan.vocabulary
+    rows, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return {INPUT: rows[own.base : own.base + own.merged].detach().clone(), NEVER: head[own.base].detach().clone()}
+
+
+def extended_weights(model: Any) -> dict[str, Tensor]:
+    """Embedding and output layer by their names in the checkpoint, on the CPU."""
+    parts = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return {
+        f"{name}.{kind}": weight.detach().cpu().clone()
+        for name, module in model.named_modules()
+        if id(module) in parts
+        for kind, weight in module.named_parameters(recurse=False)
+    }
+
+
+def _behind(own: Tensor, rows: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.cat([own, rows.to(own)]), requires_grad=own.requires_grad)
+
+
+def _size(model: Any, rows: int, *, tied: bool) -> None:
+    model.get_input_embeddings().num_embeddings = rows
+    model.get_output_embeddings().out_features = rows
+    for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        part.vocab_size, part.tie_word_embeddings = rows, tied
+    model.get_decoder().vocab_size = model.vocab_size = rows
+
+
+class Reader:
+    """Reads token ids of the base vocabulary as the artifact's tokenizer reads their text.
+
+    Args:
+        tokenizer: the artifact's.
+        base: ids from here on are merged tokens.
+    """
+
+    def __init__(self, tokenizer: Any, base: int) -> None:
+        own = ByteLevel.of(tokenizer)
+        merges = [(left, right, token) for token, (left, right) in own.parts.items() if token >= base]
+        self._merger = Merger(merges)
+        self._pieces = Pieces(own, "pretoken")  # the artifact's pretokens are as wide as the merges need
+
+    def __call__(self, ids: Sequence[int]) -> list[int]:
+        """The merged ids."""
+        return self._merger(ids, self._pieces(ids))[0]
+
+
+def reads_merged(model: Any) -> bool:
+    """Are this model's prompts read in merged tokens?"""
+    return getattr(model, "sparsec_reader", None) is not None
+
+
+def read(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts as the model reads them: merged where it has a reader, else as they are.
+
+    Args:
+        ids: int64 [batch, length] of the base vocabulary, no padding.
+
+    Returns:
+        ids and attention mask, int64 [batch, at most length], padded on the left.
+    """
+    reader: Reader | None = getattr(model, "sparsec_reader", None)
+    if reader is None:
+        return ids, torch.ones_like(ids)
+    rows = [reader(row) for row in ids.tolist()]
+    longest = max(map(len, rows))
+    out = [[0] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(out, device=ids.device), torch.tensor(mask, device=ids.device)
+
+
+def set_reader(model: Any, tokenizer: Any) -> None:
+    """From now on :func:`read` merges for this model, if its plan has merged tokens; None as tokenizer: no more."""
+    plan: Plan | None = getattr(model, "sparsec_plan", None)
+    if tokenizer is not None and plan is not None and plan.vocabulary is not None:
+        object.__setattr__(model, "sparsec_reader", Reader(tokenizer, plan.vocabulary.base))
+    elif hasattr(model, "sparsec_reader"):
+        object.__delattr__(model, "sparsec_reader")
+
+
+def unmerged(tokenizer: Any, base: int) -> Any:
+    """The tokenizer without its merged tokens: it gives the ids that the base model's gives."""
+    plain = copy.deepcopy(tokenizer)
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = description["model"]
+    gone = {word for word, token in model["vocab"].items() if token >= base}
+    model["vocab"] = {word: token for word, token in model["vocab"].items() if word not in gone}
+    model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in gone]
+    plain._tokenizer = Tokenizer.from_str(json.dumps(description))
+    return plain
