@@ -71,15 +71,13 @@ def of_artifact(artifact: Path, length: int, *, text: str | None, device: str, d
 
 
 def of_shape(
-    config: Path, length: int, *, ratio: float, window: int, rate: float, prefill: str, device: str, dtype: str,
-    kernels: Kernels,
+    config: Path, length: int, *, device: str, dtype: str, kernels: Kernels, **stated: Any,
 ) -> Subject:  # fmt: skip
-    """A model with random weights on random tokens: :mod:`sparsec.compiler.shapes`."""
+    """Random weights on random tokens; ``stated``: what :func:`sparsec.compiler.shapes.made_plan` takes."""
     model = random_model(config, device=device, dtype=dtype)
-    installed(model, made_plan(model, ratio=ratio, window=window, rate=rate, prefill=prefill))
+    installed(model, made_plan(model, **stated))
     use_kernels(model, kernels)
     ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
-    stated = {"ratio": ratio, "window": window, "rate": rate, "prefill": prefill}
     return Subject(model, ids, {"shape": config.name, "random weights": True, **stated})
 
 

@@ -48,20 +48,34 @@ def random_model(config_file: Path, *, device: str, dtype: str, seed: int = 0) -
     return model.eval().requires_grad_(False)
 
 
-def made_plan(model: Any, *, ratio: float, window: int, rate: float, prefill: str, seed: int = 0) -> Plan:
+def made_plan(
+    model: Any,
+    *,
+    ratio: float,
+    window: int,
+    rate: float,
+    prefill: str,
+    granularity: str = "query_head",
+    vote_every: int = 1,
+    seed: int = 0,
+) -> Plan:
     """Retrieval heads drawn at random, blocks of 64 of which top-p keeps about ``rate``.
 
     Args:
         ratio: share of query heads that are retrieval heads; one a layer at least.
         window: tokens.
         prefill: ``dense``, or ``selector``: prompts choose blocks as well.
+        granularity: ``query_head``, or ``kv_head``: a KV head's query heads are retrieval heads together, so that no
+            other KV head keeps every token.
+        vote_every: of so many prompt rows one chooses.
     """
     shape, rng = shape_of(model.config), random.Random(seed)
-    count = max(1, round(ratio * shape.heads))
+    size = shape.group if granularity == "kv_head" else 1
+    count = max(1, round(ratio * shape.heads / size))
     layers = []
     for _ in range(shape.layers):
-        chosen = set(rng.sample(range(shape.heads), count))
-        layers.append({"heads": tuple(int(head in chosen) for head in range(shape.heads)), "index": "full"})
+        chosen = set(rng.sample(range(shape.heads // size), count))
+        layers.append({"heads": tuple(int(head // size in chosen) for head in range(shape.heads)), "index": "full"})
     return Plan.parse(
         {
             "producer": f"sparsec {sparsec.__version__}",
@@ -77,6 +91,7 @@ def made_plan(model: Any, *, ratio: float, window: int, rate: float, prefill: st
                 "recent": RECENT,
                 "scope": "head",
                 "prefill": prefill,
+                "vote_every": vote_every,
             },
             "layers": layers,
         }

@@ -346,7 +346,10 @@ def test_a_shape_is_timed_with_random_weights(cli: Any, tiny_deep: Path) -> None
     assert [row["system"] for row in found["rows"]] == ["dense", "artifact"]
     assert all(row["kv_bytes"] > 0 and row["step_s"] > 0 for row in found["rows"])
     assert (found["random weights"], found["rate"]) == (True, 0.25)
-    alone = json.loads(cli(*line, "--no-dense", "--json").out)
+    grouped = ["--granularity", "kv_head", "--prefill", "selector", "--vote-every", "4", "--dtype", "float32"]
+    alone = json.loads(cli(*line, *grouped, "--no-dense", "--json").out)
+    assert alone["vote_every"] == 4
+    assert alone["rows"][0]["kv_bytes"] < found["rows"][1]["kv_bytes"]  # fewer KV heads keep every token
     assert [row["system"] for row in alone["rows"]] == ["artifact"]
     assert alone["break_even"] is None
 

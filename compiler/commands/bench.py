@@ -34,6 +34,20 @@ if TYPE_CHECKING:
 @click.option(
     "--prefill", default="dense", show_default=True, type=click.Choice(["dense", "selector"]), help="Of --shape."
 )
+@click.option(
+    "--granularity",
+    default="query_head",
+    show_default=True,
+    type=click.Choice(["query_head", "kv_head"]),
+    help="Of --shape: what is a retrieval head or a local one.",
+)
+@click.option(
+    "--vote-every",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Of --shape and --prefill selector: of so many prompt rows one chooses blocks.",
+)
 @click.option("--no-dense", is_flag=True, help="Leave the dense model out.")
 @click.option("--contexts", default="2048,4096,8192", show_default=True, help="Prompt lengths in tokens.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Sequences at once.")
@@ -51,6 +65,8 @@ def bench_command(
     window: int,
     rate: float,
     prefill: str,
+    granularity: str,
+    vote_every: int,
     no_dense: bool,
     contexts: str,
     batch: int,
@@ -78,7 +94,14 @@ def bench_command(
             subject = of_artifact(artifact, max(lengths), text=text, **where)
         else:
             assert shape is not None
-            made: dict[str, Any] = {"ratio": ratio, "window": window, "rate": rate, "prefill": prefill}
+            made: dict[str, Any] = {
+                "ratio": ratio,
+                "window": window,
+                "rate": rate,
+                "prefill": prefill,
+                "granularity": granularity,
+                "vote_every": vote_every,
+            }
             subject = of_shape(shape, max(lengths), **made, **where)
         result = bench(subject, lengths, batch=batch, tokens=tokens, kernels=kernels, dense=not no_dense, listen=listen)
     result["command"] = shlex.join(["sparsec", *sys.argv[1:]])
