@@ -129,7 +129,8 @@ def kernels(result: Mapping[str, Any]) -> str:
         f"{top['bandwidth'] / 1e12:.1f} TB/s and multiplied at {top['matrix'] / 1e12:.0f} TFLOP/s."
     )
     made = f"{result['device']}, torch {result['versions']['torch']}: `{result['command']}`."
-    return "\n".join([*_markdown(head, rows, 2), "", f"{floor} {made}"])
+    note = f" {result['note']}" if "note" in result else ""
+    return "\n".join([*_markdown(head, rows, 2), "", f"{floor} {made}{note}"])
 
 
 def routing(result: Mapping[str, Any]) -> str:

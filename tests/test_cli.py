@@ -79,8 +79,10 @@ def test_passes_are_listed_with_their_tier(cli: Any) -> None:
     listed = json.loads(cli("passes", "--json").out)
     assert [entry["name"] for entry in listed] == [
         "distill",
+        "dynamic-tokenization",
         "hisa",
         "indexcache",
+        "informed-routing",
         "misa",
         "razor",
         "rtpurbo",
