@@ -47,6 +47,8 @@ PARSED = {  # minutes of work: name, options and their types are checked
     "sparsec bench out/demo --device cuda --dtype bfloat16 -o bench.json",
     'sparsec generate out/demo "Why is the sky blue?" --device cuda',
     "sparsec export out/demo --to headwise -o out/headwise",
+    "sparsec compile demo --passes informed-routing --set gate.max_loss=0.5 -o out/routed",
+    "sparsec compile demo --passes rtpurbo,indexcache,informed-routing --set gate.max_loss=0.5 -o out/both",
     "sparsec verify out/demo --gate gate.yaml --against out/released --junit verify.xml --markdown verify.md",
     "sparsec diff out/released out/demo",
     "sparsec push out/demo organisation/name --private",
