@@ -26,7 +26,11 @@ LOGITS = 2**28  # numbers that the logits of a batch of windows may be
 
 @torch.no_grad()
 def decode_logits(
-    model: Any, tokens: Tensor, prompt: int, observe: Callable[[Selection], None] | None = None
+    model: Any,
+    tokens: Tensor,
+    prompt: int,
+    observe: Callable[[Selection], None] | None = None,
+    cache: Any = None,
 ) -> tuple[Tensor, int]:
     """Logits of every decode row: [batch, length - prompt, vocabulary], row t for token t + 1; and the cache's bytes.
 
@@ -37,13 +41,15 @@ def decode_logits(
         tokens: [batch, length] ids, no padding.
         prompt: prefill rows.
         observe: sees what the selectors do.
+        cache: an empty one, for who goes on from there; None is one of its own.
     """
     ids = tokens.to(model.device)
     if len(ids) > 1 and reads_merged(model):  # prompts of one length become prompts of several
         rows = [decode_logits(model, row[None], prompt, observe) for row in tokens]
         return torch.cat([logits for logits, _ in rows]), sum(resident for _, resident in rows)
     planned = getattr(model, "sparsec_plan", None) is not None
-    cache = new_cache(model, "reference") if planned else DynamicCache(config=model.config)
+    if cache is None:
+        cache = new_cache(model, "reference") if planned else DynamicCache(config=model.config)
     with rows_as("prefill"):
         model.get_decoder()(input_ids=read(model, ids[:, :prompt])[0], past_key_values=cache, use_cache=True)
     with stepping(Step(decode=True, observe=observe)):

@@ -286,6 +286,7 @@ class _Row:
             "digits": result.digits,
             "n": result.n,
             "found": list(result.found),
+            "depths": [prompt.depth for prompt in batch],
         }
 
     def _decode(self, asked: _Asked) -> Any:

@@ -22,6 +22,7 @@ from sparsec.compiler.commands.generate import generate
 from sparsec.compiler.commands.inspect import inspect
 from sparsec.compiler.commands.passes import passes
 from sparsec.compiler.commands.push import push_command
+from sparsec.compiler.commands.report import report_command
 from sparsec.compiler.commands.verify import verify_command
 from sparsec.errors import SparsecError
 
@@ -41,6 +42,7 @@ for command in (
     diff_command,
     eval_command,
     bench_command,
+    report_command,
     generate,
     export_command,
     doctor,

@@ -1,24 +1,61 @@
-"""Engines that read exports of an artifact: what of them is there, and whether it can run here.
+"""Engines that read exports of an artifact: what runs here does the golden prompts, of the rest it is said why not.
 
-A branch that brings a runner for one takes its row out of here and gives its logits to the golden comparison.
+A branch that brings a runner for another one gives it to :func:`sparsec.compiler.golden.on_runner`, as ONNX's is.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-FOLDERS = {"onnx": "onnx", "tensorrt": "tensorrt"}
+import torch
+
+from sparsec.compiler import golden
+from sparsec.compiler.golden_compare import Difference, written
+from sparsec.compiler.thresholds import GoldenBounds
+from sparsec.errors import UsageError
+from sparsec.layout import read_json
+from sparsec.plugins.onnx_runner import FOLDER as ONNX
+from sparsec.plugins.onnx_runner import MANIFEST, OnnxModel
+
+TENSORRT = "tensorrt"
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
 
 
-def not_here(artifact: Path) -> Iterator[tuple[str, str]]:
-    """Engine and reason, of each that is not run."""
-    for engine, folder in FOLDERS.items():
-        if not (artifact / folder).is_dir():
-            yield engine, f"the artifact has no {folder}/: sparsec export makes it"
-        else:
-            yield engine, f"verify has no runner for {folder}/ yet"
+class NotHere(Exception):
+    """An engine does not run on this machine; the message says why."""
+
+
+def on_onnx(artifact: Path, recorded: Mapping[str, Any], bounds: GoldenBounds, device: str) -> list[Difference]:
+    """The golden prompts through ONNX Runtime.
+
+    Raises:
+        NotHere: there is no export, or ONNX Runtime is missing or has no such device.
+        ArtifactError: the export or golden.json is damaged.
+    """
+    if not (artifact / ONNX).is_dir():
+        raise NotHere("the artifact has no onnx/: sparsec export makes it")
+    try:
+        runner = OnnxModel(artifact / ONNX, device=device.partition(":")[0], threads=torch.get_num_threads())
+    except UsageError as error:
+        raise NotHere(str(error)) from None
+    rows = int(read_json(artifact / "config.json")["vocab_size"])
+    now = [golden.on_runner(runner, tokens) for tokens in golden.tokens_of(recorded, rows)]
+    return written(recorded, now, runner.manifest["dtype"], bounds)
+
+
+def not_run(artifact: Path) -> Iterator[tuple[str, str]]:
+    """Engine and reason, of those that ``verify`` cannot run."""
+    if not (artifact / TENSORRT / MANIFEST).is_file():
+        yield TENSORRT, "the artifact has no tensorrt/: sparsec export makes it"
+    elif not any(importlib.util.find_spec(name) for name in LIBRARIES):
+        yield TENSORRT, "TensorRT is not installed here: the engine's hash and plan were checked, it was not run"
+    elif not torch.cuda.is_available():
+        yield TENSORRT, "engines need a GPU: the engine's hash and plan were checked, it was not run"
+    else:
+        yield TENSORRT, "verify has no runner for engines yet: their hashes and plan were checked"
     if importlib.util.find_spec("vllm") is None:
         yield "vllm", "vllm is not installed here"
     else:

@@ -5,17 +5,17 @@ dense contexts, and its end runs as decode rows. Of every layer it is kept what 
 selectors chose: a change in one head or one indexer is seen where it is, and not only in what the logits show of it.
 
 golden.json, by prompt: ``tokens``; ``top``, the most likely next tokens of every decode row; ``greedy``, the tokens
-that the artifact writes after the prompt; ``outputs``, each head's output in some rows, projected on fixed random
-directions, float32 [rows, layers, heads, directions]; ``chosen``, by layer the keys kept in those rows, forced ones
-left out, bits [sets, rows, keys]. Arrays are zlib in base64. The text is Python's own documentation: calibration text
-may be private, and an artifact may be published.
+that the artifact writes behind them, from the same cache; ``outputs``, each head's output in some rows, projected on
+fixed random directions, float32 [rows, layers, heads, directions]; ``chosen``, by layer the keys kept in those rows,
+forced ones left out, bits [sets, rows, keys]. Arrays are zlib in base64. The text is Python's own documentation:
+calibration text may be private, and an artifact may be published.
 """
 
 from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -27,12 +27,14 @@ from torch import Tensor
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.decode import decode_logits
 from sparsec.errors import ArtifactError
+from sparsec.export.parity import Runner
 from sparsec.plan import Plan
 from sparsec.plugins.attention import Selection
 from sparsec.plugins.families import decoder_layers, family_of
 from sparsec.plugins.runtime import new_cache, rows_as
+from sparsec.plugins.vocabulary import read
 
-FORMAT = 1
+FORMAT = 2  # greedy tokens follow the decode rows; in 1 they followed the prompt
 ROWS = 32  # decode rows at the end of a prompt
 SEEN = 4  # of them, those whose heads and choices are kept
 TOP = 8
@@ -105,7 +107,10 @@ def tokens_of(golden: Mapping[str, Any], vocabulary: int) -> list[Tensor]:
     """
     try:
         if golden["format"] != FORMAT:
-            raise ArtifactError(f"golden.json has format {golden['format']!r}, this sparsec reads {FORMAT}: update it")
+            raise ArtifactError(
+                f"golden.json has format {golden['format']!r}, this sparsec reads {FORMAT}: use the sparsec that wrote "
+                "it, or compile the artifact again"
+            )
         prompts = [torch.tensor(each["tokens"], dtype=torch.int64) for each in golden["prompts"]]
         good = prompts and all(p.ndim == 1 and len(p) > ROWS and 0 <= p.min() <= p.max() < vocabulary for p in prompts)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
@@ -115,18 +120,49 @@ def tokens_of(golden: Mapping[str, Any], vocabulary: int) -> list[Tensor]:
     return prompts
 
 
-def step_logits(model: Any, tokens: Tensor, kernels: Any) -> Tensor:
-    """Logits of the decode rows, one step at a time, as an engine runs them: [rows, vocabulary], float32 on the CPU."""
+def on_kernels(model: Any, tokens: Tensor, kernels: Any) -> dict[str, Any]:
+    """``top`` and ``greedy`` of one prompt, a step at a time, as it is served."""
     ids = tokens[None].to(model.device)
     cache = new_cache(model, kernels)
+
+    def step(token: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True).logits
+        return logits[0, -1]
+
     with torch.no_grad():
         with rows_as("prefill"):
-            model.get_decoder()(input_ids=ids[:, :-ROWS], past_key_values=cache, use_cache=True)
-        steps = [
-            model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits[0, -1]
-            for at in range(ids.shape[1] - ROWS, ids.shape[1])
-        ]
-    return torch.stack(steps).float().cpu()
+            model.get_decoder()(input_ids=read(model, ids[:, :-ROWS])[0], past_key_values=cache, use_cache=True)
+        rows = [step(token) for token in ids[0, -ROWS:]]
+        return {"top": top_of(torch.stack(rows).cpu()), "greedy": greedy(rows[-1], step)}
+
+
+def on_runner(runner: Runner, tokens: Tensor) -> dict[str, Any]:
+    """The same on what runs an export."""
+    ids: list[int] = tokens.tolist()
+
+    def step(token: Any) -> Tensor:
+        return torch.from_numpy(runner.step([int(token)])[0])
+
+    runner.reset(1)
+    runner.prefill([ids[:-ROWS]])
+    rows = [step(token) for token in ids[-ROWS:]]
+    return {"top": top_of(torch.stack(rows)), "greedy": greedy(rows[-1], step)}
+
+
+def greedy(logits: Tensor, step: Callable[[Tensor], Tensor]) -> list[int]:
+    """The tokens that follow, whatever they are: an end token does not stop it.
+
+    Args:
+        logits: [vocabulary], behind all that was read.
+        step: reads one token, gives the logits behind it.
+    """
+    out = []
+    for number in range(GREEDY):
+        token = logits.argmax(-1)
+        out.append(int(token))
+        if number < GREEDY - 1:
+            logits = step(token)
+    return out
 
 
 def top_of(logits: Tensor) -> dict[str, Any]:
@@ -146,13 +182,21 @@ def _one(model: Any, plan: Plan, tokens: Tensor) -> dict[str, Any]:
             free = seen.keep[0][:, mine] & ~_forced(plan, seen.q_pos[0, mine], seen.k_pos[0])
             chosen.setdefault(seen.layer, []).append(free.cpu())
 
+    cache = new_cache(model, "reference")
     with _outputs(model, plan) as outputs:
-        logits, _ = decode_logits(model, tokens[None], prompt, note)
+        logits, _ = decode_logits(model, tokens[None], prompt, note, cache)
+
+    def step(token: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True).logits
+        return found[0, -1]
+
+    with torch.no_grad():
+        written = greedy(logits[0, -1], step)
     return {
         "tokens": tokens.tolist(),
         "top": top_of(logits[0].cpu()),
-        "greedy": _greedy(model, tokens[:prompt]),
-        "outputs": packed(torch.stack(outputs, 1).numpy().astype("<f4")),
+        "greedy": written,
+        "outputs": packed(outputs.numpy().astype("<f4")),
         "chosen": {str(layer): _bits(parts) for layer, parts in sorted(chosen.items())},
     }
 
@@ -170,18 +214,25 @@ def _seen(rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def _outputs(model: Any, plan: Plan) -> Iterator[list[Tensor]]:
-    """Of the decode rows' call: each layer's projected head outputs, float32 [rows, heads, directions] on the CPU."""
-    found: list[Tensor] = []
+def _outputs(model: Any, plan: Plan) -> Iterator[Tensor]:
+    """Of the decode rows' call: each head's projected output, float32 [rows, layers, heads, directions] on the CPU.
+
+    A layer that tokens take different paths through stays zero: what it does is seen in those behind it.
+    """
+    layers = decoder_layers(model)
+    found = torch.zeros(SEEN, len(layers), plan.model.heads, DIRECTIONS)
     path = attrgetter(family_of(model.config).output)
 
-    def note(module: Any, args: tuple[Tensor, ...]) -> None:
-        heads = args[0][0].float().cpu()
-        heads = heads.view(len(heads), plan.model.heads, -1)
-        if len(heads) == ROWS:
-            found.append(_seen(heads) @ _directions(heads.shape[-1]))
+    def note(number: int) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            if len(rows) == ROWS:
+                heads = rows.float().cpu().view(ROWS, plan.model.heads, -1)
+                found[:, number] = _seen(heads) @ _directions(heads.shape[-1])
 
-    hooks = [path(layer).register_forward_pre_hook(note) for layer in decoder_layers(model)]
+        return hook
+
+    hooks = [path(layer).register_forward_pre_hook(note(number)) for number, layer in enumerate(layers)]
     try:
         yield found
     finally:
@@ -193,16 +244,6 @@ def _directions(dim: int) -> Tensor:
     """[dim, DIRECTIONS], the same everywhere."""
     signs = np.random.RandomState(0).randint(0, 2, (dim, DIRECTIONS)) * 2 - 1  # a stream that NumPy never changes
     return torch.from_numpy(signs / dim**0.5).float()
-
-
-@torch.no_grad()
-def _greedy(model: Any, prompt: Tensor) -> list[int]:
-    """The tokens that follow, whatever they are: an end token does not stop it."""
-    cache, ids, out = new_cache(model, "reference"), prompt[None].to(model.device), []
-    for _ in range(GREEDY):
-        ids = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        out.append(int(ids))
-    return out
 
 
 def _bits(parts: Sequence[Tensor]) -> dict[str, Any]:

@@ -47,11 +47,10 @@ def differences(golden: Mapping[str, Any], now: Mapping[str, Any], bounds: Golde
             _outputs(pairs, bounds.outputs_for(exact)),
             _chosen(pairs, bounds.overlap_for(exact)),
             top(pairs, bounds.logits_for(exact)),
-            _greedy(pairs, bounds.greedy),
+            greedy(pairs, bounds.greedy),
         ]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, binascii.Error, zlib.error) as error:
-        said = " ".join(str(error).split())[:120]
-        raise ArtifactError(f"golden.json is damaged ({said}): copy or compile the artifact again") from None
+        raise _damaged(error) from None
 
 
 def top(pairs: list[tuple[Any, Any]], allowed: float, name: str = "next tokens") -> Difference:
@@ -73,6 +72,30 @@ def top(pairs: list[tuple[Any, Any]], allowed: float, name: str = "next tokens")
     if disagree:
         said += f", another token is first in {disagree} of {rows} rows"
     return Difference(name, good, said, worst)
+
+
+def written(golden: Mapping[str, Any], now: list[Any], dtype: str, bounds: GoldenBounds) -> list[Difference]:
+    """What an engine beside the reference gives for the same prompts: next tokens and greedy tokens.
+
+    Args:
+        golden: as recorded.
+        now: ``top`` and ``greedy`` of each prompt.
+        dtype: that the engine ran in.
+
+    Raises:
+        ArtifactError: golden.json is damaged.
+    """
+    try:
+        pairs = list(zip(golden["prompts"], now, strict=True))
+        allowed = bounds.logits_for(golden["dtype"] == dtype == "float32")
+        return [top(pairs, allowed), greedy(pairs, bounds.greedy)]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(error) from None
+
+
+def _damaged(error: Exception) -> ArtifactError:
+    said = " ".join(str(error).split())[:120]
+    return ArtifactError(f"golden.json is damaged ({said}): copy or compile the artifact again")
 
 
 def _layers(before: list[str], after: list[str]) -> Difference:
@@ -132,7 +155,8 @@ def _overlap(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
     return float(both / either) if either else 1.0
 
 
-def _greedy(pairs: list[tuple[Any, Any]], allowed: float) -> Difference:
+def greedy(pairs: list[tuple[Any, Any]], allowed: float) -> Difference:
+    """Share of the greedy tokens that are the same; behind one that differs the others may."""
     equal = [a == b for before, after in pairs for a, b in zip(before["greedy"], after["greedy"], strict=True)]
     share = sum(equal) / len(equal)
     said = f"{sum(equal)} of {len(equal)} greedy tokens are the same ({allowed:.0%} is the least)"

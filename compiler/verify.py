@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsec.compiler import golden
-from sparsec.compiler.engines import not_here
-from sparsec.compiler.golden_compare import differences, top
+from sparsec.compiler.engines import NotHere, not_run, on_onnx
+from sparsec.compiler.golden_compare import Difference, differences, written
 from sparsec.compiler.recheck import beside, drift, speed
 from sparsec.compiler.thresholds import Thresholds
 from sparsec.compiler.versions import versions
@@ -114,9 +114,10 @@ class _Run:
         self.take("golden", "prompts", self._loaded, "pytorch")
         if self.model is not None:
             self.take("golden", "next tokens", self._triton, "triton")
-        for engine, why in not_here(asked.artifact):
+        self.model = None  # one at a time in memory
+        self.take("golden", "next tokens", self._onnx, "onnx")
+        for engine, why in not_run(asked.artifact):
             self.skip("golden", "next tokens", why, engine)
-        self.model = None
 
     def _loaded(self) -> list[Check]:
         """On the reference."""
@@ -124,10 +125,7 @@ class _Run:
         recorded = read_json(asked.artifact / GOLDEN)
         self.model = load(asked.artifact, device=asked.device, dtype=asked.dtype).model
         found = differences(recorded, golden.again(self.model, recorded), asked.thresholds.golden)
-        return [
-            Check("golden", each.name, PASS if each.good else FAIL, each.said, "pytorch", {"value": each.value})
-            for each in found
-        ]
+        return _judged(found, "pytorch")
 
     def _triton(self) -> list[Check]:
         """One step at a time on the kernels, on a GPU only: interpreted on a CPU they would take hours."""
@@ -141,11 +139,18 @@ class _Run:
         recorded = read_json(asked.artifact / GOLDEN)
         vocabulary = int(model.config.get_text_config().vocab_size)
         prompts = golden.tokens_of(recorded, vocabulary)
-        now = [{"top": golden.top_of(golden.step_logits(model, tokens, "triton"))} for tokens in prompts]
-        exact = recorded["dtype"] == str(model.dtype).removeprefix("torch.") == "float32"
-        pairs = list(zip(recorded["prompts"], now, strict=True))
-        each = top(pairs, asked.thresholds.golden.logits_for(exact))
-        return [Check("golden", each.name, PASS if each.good else FAIL, each.said, "triton", {"value": each.value})]
+        now = [golden.on_kernels(model, tokens, "triton") for tokens in prompts]
+        dtype = str(model.dtype).removeprefix("torch.")
+        return _judged(written(recorded, now, dtype, asked.thresholds.golden), "triton")
+
+    def _onnx(self) -> list[Check]:
+        """The exported graphs, where there are any."""
+        asked = self.asked
+        recorded = read_json(asked.artifact / GOLDEN)
+        try:
+            return _judged(on_onnx(asked.artifact, recorded, asked.thresholds.golden, asked.device), "onnx")
+        except NotHere as why:
+            return [Check("golden", "next tokens", NOT_RUN, str(why), "onnx")]
 
     def measured(self) -> None:
         """Quality and speed: minutes, so not where it has to be quick."""
@@ -179,3 +184,10 @@ class _Run:
                 why = mine[0].said if mine else "it was not reached"
                 said = f"{engine} has to run, and did not: {why}"
                 self.checks.append(Check("engines", "required", FAIL, said, engine))
+
+
+def _judged(found: list[Difference], engine: str) -> list[Check]:
+    return [
+        Check("golden", each.name, PASS if each.good else FAIL, each.said, engine, {"value": each.value})
+        for each in found
+    ]

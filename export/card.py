@@ -14,11 +14,11 @@ from sparsec.export.words import (
     elsewhere,
     gate_words,
     kept_heads,
-    memory,
     model_name,
     percent,
     plural,
     runs,
+    runs_on,
     size,
     verdict_words,
 )
@@ -140,7 +140,7 @@ def _limits(plan: Plan, gate: Mapping[str, Any], source: Mapping[str, Any]) -> s
     limits = [
         "Quality was measured on the held-out part of the calibration text only, not on tasks or other domains.",
         f"Contexts longer than {count(gate['context'])} tokens were not judged by the gate.",
-        f"It runs on the PyTorch reference (CPU, CUDA) only: {memory(plan)}; no speed is claimed.",
+        runs_on(plan),
     ]
     if source["license"] is None:
         limits.append("The source states no license: look up the base model's before you pass this on.")

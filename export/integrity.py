@@ -53,6 +53,7 @@ def check(path: Path) -> list[Finding]:
     if plan is not None:
         _looked(found, "tensors", lambda: _tensors(path, plan), lambda n: f"{n} tensors as the plan needs them")
         _looked(found, "other engines' keys", lambda: _keys(path, plan), lambda words: words)
+        _looked(found, "exports", lambda: _exports(path, plan), lambda words: words)
         _looked(found, "measurements", lambda: _measurements(path, plan), lambda words: words)
     return found
 
@@ -190,6 +191,17 @@ def _keys(path: Path, plan: Plan) -> str:
                 "compile again"
             )
     return "the same as the plan" if plan.dsa is not None else "none are needed"
+
+
+def _exports(path: Path, plan: Plan) -> str:
+    """Graphs and engines are of this plan."""
+    there = [name for name in EXPORTS if (path / name / EXPORT).is_file()]
+    for name in there:
+        made = read_json(path / name / EXPORT)
+        digest = made.get("plan_digest") if isinstance(made, dict) else None
+        if digest != plan.digest:
+            raise PlanError(f"{path / name} was exported from another plan ({str(digest)[:16]}): export it again")
+    return f"{', '.join(there)}: of the plan" if there else "none were made"
 
 
 def _measurements(path: Path, plan: Plan) -> str:

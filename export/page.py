@@ -91,6 +91,9 @@ svg .mark{stroke:var(--ink);stroke-dasharray:2 3}
 svg .warn{stroke:var(--warn);stroke-dasharray:5 4}
 svg .faint{stroke:var(--kept);opacity:.3}
 svg .strong{stroke:var(--kept);stroke-width:2px}
+svg .other-line{stroke:var(--local);stroke-width:2px}
+.key .line{height:0;border-top:2px solid var(--kept);vertical-align:4px}
+.key .other-line{height:0;border-top:2px solid var(--local);vertical-align:4px}
 @media (max-width:640px){svg .on-full,svg .on-shared{font-size:9px}main{padding:32px 16px 48px}
 h1{font-size:24px}section{margin-top:40px;padding-top:20px}
 .readings{grid-template-columns:1fr 1fr}.readings div{padding:12px 12px 10px}.readings .value{font-size:19px}

@@ -10,10 +10,13 @@ from typing import Any
 
 import yaml
 
+from sparsec.errors import ArtifactError
 from sparsec.export import svg
 from sparsec.export.cautions import cautions
 from sparsec.export.choices import TITLES, choices
 from sparsec.export.measured import detection, stage1
+from sparsec.export.merged import merged
+from sparsec.export.needles import needles
 from sparsec.export.page import (
     caution,
     facts,
@@ -34,6 +37,7 @@ from sparsec.export.patterns import sharing
 from sparsec.export.repeated import chosen_prefill, repeats
 from sparsec.export.routing import routing
 from sparsec.export.selectors import selectors
+from sparsec.export.speed import speed
 from sparsec.export.training import pass_costs, training
 from sparsec.export.words import (
     change,
@@ -43,11 +47,11 @@ from sparsec.export.words import (
     far_words,
     gate_words,
     measured,
-    memory,
     model_name,
     plural,
     readings,
     runs,
+    runs_on,
     verdict_words,
 )
 from sparsec.plan import Plan
@@ -55,13 +59,22 @@ from sparsec.plan import Plan
 SPLIT_NAMES = {"heldout": "held-out"}
 
 
-def render_report(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def render_report(
+    plan: Plan,
+    measurements: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    *,
+    evaluated: Mapping[str, Any] | None = None,
+    timed: Mapping[str, Any] | None = None,
+) -> str:
     """The page, as text.
 
     Args:
         plan: what runs.
         measurements: the content of measurements.json; a pass that did not run has no section.
         manifest: the content of manifest.json; its list of files is not needed.
+        evaluated: of ``sparsec eval``, of a plan with the same digest; a compile has none.
+        timed: of ``sparsec bench``, as well.
     """
     split, search = measured(measurements, "rtpurbo"), measured(measurements, "indexcache")
     warnings = cautions(plan, measurements)
@@ -85,9 +98,27 @@ def render_report(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping
     routed = measured(measurements, "informed-routing")
     if routed is not None:
         body.append(routing(routed))
+    lengths = measured(measurements, "dynamic-tokenization")
+    if lengths is not None:
+        body.append(merged(lengths))
+    body.append(speed(split, timed))
+    if evaluated is not None:
+        body.append(needles(evaluated, evaluated_name(plan, evaluated)))
     body.append(pass_costs(measurements))
     body += [_text(measurements), _recipe(manifest), _warnings(warnings), _foot(plan, manifest)]
     return page(f"{model_name(manifest)}: sparsec report", body)
+
+
+def evaluated_name(plan: Plan, evaluated: Mapping[str, Any]) -> str:
+    """What ``sparsec eval`` calls this plan's artifact.
+
+    Raises:
+        ArtifactError: it evaluated others.
+    """
+    for name, each in evaluated.get("artifacts", {}).items():
+        if each["plan"] == plan.digest:
+            return str(name)
+    raise ArtifactError("the evaluation is of another plan: run sparsec eval on this artifact")
 
 
 def _headline(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[str, Any], warnings: int) -> str:
@@ -238,9 +269,6 @@ def _warnings(warnings: Sequence[str]) -> str:
 
 def _foot(plan: Plan, manifest: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    words = (
-        f"The PyTorch reference runs this plan: {memory(plan)}, no speed is claimed. "
-        "Contexts longer than those measured are not shown."
-    )
+    words = f"{runs_on(plan)} Contexts longer than those measured are not shown."
     made = f"Plan {plan.digest[:16]}. {versions}; device {manifest['device']}, dtype {manifest['dtype']}."
     return f"<footer>{paragraph(words)}{paragraph(made)}</footer>"

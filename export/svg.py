@@ -213,6 +213,57 @@ def heat(shares: Sequence[Sequence[float]], layers: Sequence[int], label: str) -
     return drawing(y + 6, label, parts, "heat")
 
 
+def ratios(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], even: float | None, label: str) -> str:
+    """How many times as fast, or as few bytes, by context: a line a measure, of (context, ratio) in order.
+
+    even: the context where it pays, drawn upright; dense, which is 1, lies across.
+    """
+    height = 190
+    contexts = sorted({context for _, points in lines for context, _ in points})
+    scale = _Scale([0.0, 1.0, *(ratio for _, points in lines for _, ratio in points)], height)
+    low, high = math.log(contexts[0]), math.log(contexts[-1])
+
+    def place(context: float) -> float:
+        """Percent, logarithmic."""
+        return LEFT + 2 + (95 - LEFT) * ((math.log(context) - low) / (high - low) if high > low else 0.5)
+
+    parts = [*scale.grid(lambda v: f"{v:g}×"), _line(LEFT, scale.y(1.0), 100, scale.y(1.0), "mark")]
+    if even is not None and contexts[0] <= even <= contexts[-1]:
+        parts += [_line(place(even), 12, place(even), height, "warn"), _text(place(even), 8, "break-even", "middle")]
+    for number, (name, points) in enumerate(lines):
+        tone = "strong" if number == 0 else "other-line"
+        for (x0, y0), (x1, y1) in pairwise(points):
+            parts.append(_line(place(x0), scale.y(y0), place(x1), scale.y(y1), tone))
+        parts += [_dot(place(x), scale.y(y), 4, f"{name}, {x:,.0f} tokens: {y:.2f} times") for x, y in points]
+    kept: list[tuple[float, str]] = []
+    for context in contexts:
+        if not kept or place(context) - kept[-1][0] >= 12:
+            kept.append((place(context), f"{context:,.0f}"))
+    parts += [_text(x, height + 16, text, "middle") for x, text in kept]
+    parts.append(_text(LEFT + (100 - LEFT) / 2, height + 34, "tokens of context", "middle"))
+    return drawing(height + 40, label, parts, "curve")
+
+
+def grid(shares: Sequence[Sequence[float | None]], lengths: Sequence[str], depths: Sequence[str], label: str) -> str:
+    """Needles found: a column a length, a row a depth; a share from 0 to 1 each, None where none was hidden."""
+    cell, gutter = 26, 14.0
+    column = (100 - gutter) / len(lengths)
+    parts = []
+    for down, row in enumerate(shares):
+        parts.append(_text(0, down * cell + cell * 0.65, depths[down]))
+        for across, value in enumerate(row):
+            x, y = gutter + across * column, down * cell
+            if value is None:
+                continue
+            note = f"{lengths[across]} tokens, depth {depths[down]}: {value:.0%}"
+            parts.append(_rect(x, y, column * 0.97, cell - 2, "track"))
+            parts.append(_rect(x, y, column * 0.97, cell - 2, "kept", note, 0.9 * value))
+            parts.append(_text(x + column / 2, y + cell * 0.65, f"{value:.0%}", "middle ink halo"))
+    y = len(shares) * cell + 14
+    parts += [_text(gutter + (n + 0.5) * column, y, name, "middle") for n, name in enumerate(lengths)]
+    return drawing(y + 6, label, parts, "grid-of-needles")
+
+
 class _Scale:
     """An upright axis that holds all finite ``values``, on ``height`` pixels; 18 stay free above for labels."""
 

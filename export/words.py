@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsec.export.dsa import KNOWS_SHARED
 from sparsec.plan import Plan
+from sparsec.plugins.kernels.support import reason_in
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -175,6 +176,16 @@ def memory(plan: Plan) -> str:
     return f"{kept}, {plural(shared, 'shared layer')} without index keys" if shared else kept
 
 
+def runs_on(plan: Plan) -> str:
+    """What runs the plan, a sentence; where speed can be learnt."""
+    against = reason_in(plan)
+    if against is None:
+        where = f"On a CUDA GPU Triton's kernels run this plan, elsewhere the PyTorch reference does: {memory(plan)}"
+    else:
+        where = f"The PyTorch reference runs this plan, on CPU and CUDA ({against}): {memory(plan)}"
+    return f"{where}. No speed is claimed here: sparsec bench measures it where it is to run."
+
+
 def elsewhere(plan: Plan, *, trained: bool) -> str:
     """What stock Transformers makes of an artifact."""
     if plan.dsa is None:
@@ -259,6 +270,11 @@ def runs(plan: Plan) -> list[tuple[str, str]]:
             ),
             ("sharing", f"{plan.pattern if 'S' in plan.pattern else 'none; indexers'} on layers {indexed}"),
         ]
+    if plan.routing is not None:
+        r = plan.routing
+        instead = f"a forecast of rank {r.rank}" if r.rank else "nothing"
+        units = f"attention of {plural(len(r.attention), 'layer')} and MLPs of {len(r.mlp)}"
+        out.append(("routing", f"{units}: tokens that a router sends away get {instead} in its place"))
     if plan.min_context:
         out.append(("short contexts", f"dense up to {count(plan.min_context)} tokens"))
     native = [str(i) for i, layer in enumerate(plan.layers) if layer.heads is None]
