@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from sparsec.compiler.checkpoint import load_config
 from sparsec.compiler.registry import check_needs
+from sparsec.compiler.start import Start
 from sparsec.export.artifact import model_files
 from sparsec.layout import CARD, CONFIG, MANIFEST, MEASUREMENTS, REPORT, TENSORS
 from sparsec.passes.base import Pass
@@ -30,7 +31,14 @@ class Expected:
     resident: int
 
 
-def expect(path: Path, weights: Sequence[Path], passes: Sequence[Pass], device: str, producer: str) -> dict[str, Any]:
+def expect(
+    path: Path,
+    weights: Sequence[Path],
+    passes: Sequence[Pass],
+    device: str,
+    producer: str,
+    start: Start | None = None,
+) -> dict[str, Any]:
     """Estimates as JSON data.
 
     Args:
@@ -38,9 +46,12 @@ def expect(path: Path, weights: Sequence[Path], passes: Sequence[Pass], device: 
         weights: its safetensors files.
         passes: in the order they run.
         device: where they would run.
+        start: a head split that they go on from; None is the dense model.
     """
     config = load_config(path)
     plan = base_plan(config, producer)
+    if start is not None:
+        plan = start.plan(plan)
     check_needs(passes, plan)
     numbers, stored = _sizes(weights)
     speed = _flops(device)

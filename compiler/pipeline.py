@@ -43,6 +43,7 @@ from sparsec.export.artifact import (
     writing,
 )
 from sparsec.export.card import model_card
+from sparsec.export.eval_results import eval_results
 from sparsec.export.report import render_report
 from sparsec.export.tokenizer import merged_tokenizer, with_description
 from sparsec.layout import CARD, GOLDEN, MEASUREMENTS, REPORT
@@ -99,7 +100,8 @@ def compile_model(job: Job) -> Outcome:
         recover(job.out)
         check_free(job.out, force=job.force)
         source = open_source(job.source, revision=job.revision, cache_dir=job.cache_dir, progress=_say(job))
-    check_needs(passes, base_plan(load_config(source.path), PRODUCER))
+    base = base_plan(load_config(source.path), PRODUCER)
+    check_needs(passes, job.recipe.start.plan(base) if job.recipe.start is not None else base)
     check_room(job.out, sum(file.stat().st_size for file in weight_files(source.path)))
     tokenizer = load_tokenizer(source)
     calibration = Calibration(read_corpus(job.recipe.calibration), tokenizer, seed=job.recipe.seed)
@@ -128,6 +130,10 @@ def compile_model(job: Job) -> Outcome:
         write_json(aside / GOLDEN, answers)
         (aside / REPORT).write_text(render_report(plan, measurements, manifest), encoding="utf-8")
         (aside / CARD).write_text(model_card(plan, measurements, manifest), encoding="utf-8")
+        results = eval_results(measurements)
+        if results is not None:
+            (aside / results[0]).parent.mkdir()
+            (aside / results[0]).write_text(results[1], encoding="utf-8")
         write_manifest(aside, manifest)
         if not judged["passed"]:
             out = job.out.resolve()
@@ -152,7 +158,9 @@ class _Compile:
         self.weights: dict[str, Tensor] = {}  # base weights that passes trained
         self.found: dict[str, dict[str, Any]] = {}  # the exam's results of the dense model, whole and in windows
         self._exam: Exam | None = None
-        self.program = Program(model, base_plan(model.config, PRODUCER), {}, job.recipe.seed, job.listen)
+        base, start = base_plan(model.config, PRODUCER), job.recipe.start
+        plan = start.plan(base) if start is not None else base
+        self.program = Program(model, plan, {}, job.recipe.seed, job.listen)
 
     def run_pass(self, each: Pass) -> None:
         """One pass, or its stored result."""

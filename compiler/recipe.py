@@ -14,13 +14,15 @@ gives the same plan again.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from sparsec.compiler import plain_yaml
 from sparsec.compiler.registry import suggest
+from sparsec.compiler.start import Start
+from sparsec.compiler.thresholds import Thresholds
 from sparsec.errors import UsageError
 from sparsec.plan import Strict, first_error
 
@@ -51,10 +53,24 @@ class Gate(Strict):
 class Recipe(Strict):
     """What ``sparsec compile`` does to a source."""
 
-    passes: dict[str, dict[str, Any]] = Field(min_length=1)
+    passes: dict[str, dict[str, Any]] = Field(description="options by pass; none only behind a start")
     calibration: str = Field(default="builtin", description="file, folder, Hub data set or 'builtin'")
     seed: int = Field(default=0, ge=0, lt=2**63)
     gate: Gate = Gate()
+    start: Start | None = Field(default=None, description="null, or absent: the dense model; else a head split")
+    verify: Thresholds | None = Field(default=None, description="null, or absent: the defaults of [gate.yaml](ci.md)")
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fields that came later are not in recipes that do not use them."""
+        data: dict[str, Any] = write(self)
+        return {key: value for key, value in data.items() if value is not None or key not in ("start", "verify")}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.passes and self.start is None:
+            raise ValueError("no passes: name one or more")
+        return self
 
     def to_yaml(self) -> str:
         """The recipe as a file."""

@@ -1,4 +1,4 @@
-"""gate.yaml: what ``sparsec verify`` allows, and what it measures.
+"""gate.yaml, or ``verify`` of a recipe: what ``sparsec verify`` allows, and what it measures.
 
     golden: {overlap: 0.9}
     quality: {lengths: [2048, 4096], prompts: 20, max_loss: 0.02}
@@ -16,7 +16,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from sparsec.compiler import plain_yaml
-from sparsec.errors import UsageError
+from sparsec.errors import SparsecError, UsageError
+from sparsec.layout import MANIFEST, read_json
 from sparsec.plan import Strict, first_error
 
 Engine = Literal["pytorch", "triton", "onnx", "tensorrt", "vllm"]
@@ -87,14 +88,21 @@ class Thresholds(Strict):
     require: tuple[Engine, ...] = Field(default=(), description="engines that must run: 'not run here' fails the gate")
 
 
-def read_thresholds(path: Path | None) -> Thresholds:
-    """A gate.yaml; None is every default.
+def of_recipe(artifact: Path) -> Thresholds:
+    """Those that the artifact was compiled with; every default where it has none, or cannot be read."""
+    try:
+        made = read_json(artifact / MANIFEST)
+        return Thresholds.model_validate(made["recipe"].get("verify") or {})
+    except (SparsecError, KeyError, TypeError, AttributeError, ValidationError):
+        return Thresholds()  # integrity has the word on a damaged manifest
+
+
+def read_thresholds(path: Path) -> Thresholds:
+    """A gate.yaml.
 
     Raises:
         UsageError: it cannot be read, is no YAML, or has a field that is unknown or out of bounds.
     """
-    if path is None:
-        return Thresholds()
     try:
         data = plain_yaml.read(path)
     except OSError as error:

@@ -27,6 +27,7 @@ def detection(split: Mapping[str, Any]) -> str:
                 ("needles", f"{count(split['needles'])}, in contexts of {count(split['context'])} tokens"),
                 ("rank correlation", f"{stable['spearman']:.2f} (Spearman) between two halves of the documents"),
                 ("same heads kept", f"{percent(stable['jaccard'], 0)} of those that either half would keep (Jaccard)"),
+                *_given(split),
             ]
         ),
         heading("Causal check: share of needle tokens copied"),
@@ -36,6 +37,15 @@ def detection(split: Mapping[str, Any]) -> str:
             f"{plural(check['tokens'], 'needle token')}, window {count(split['window'])} tokens.",
         ),
     )
+
+
+def _given(split: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of a compile that started from a split."""
+    given = split.get("given")
+    if given is None:
+        return []
+    words = f"the split was given (--from) and kept; of the {count(given['detected'])} heads found here it keeps"
+    return [("given", f"{words} {count(given['agree'])}")]
 
 
 def copying(check: Mapping[str, Any], what: str, caption: str) -> list[str]:

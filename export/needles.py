@@ -25,7 +25,7 @@ def needles(result: Mapping[str, Any], own: str) -> str:
     lengths = sorted({length for grid in grids for length, _ in grid[0]})
     if not lengths:
         return ""
-    depths = [f"{row / ROWS:.0%}–{(row + 1) / ROWS:.0%}" for row in range(ROWS)]
+    depths = [f"{100 * row // ROWS}–{100 * (row + 1) // ROWS}%" for row in range(ROWS)]
     parts, rows = [], []
     for name, (found, asked) in zip(SYSTEMS, grids, strict=True):
         shares = [[found.get((length, row)) for length in lengths] for row in range(ROWS)]

@@ -124,7 +124,7 @@ def evaluated_name(plan: Plan, evaluated: Mapping[str, Any]) -> str:
 def _headline(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping[str, Any], warnings: int) -> str:
     shape, gate, source = plan.model, measurements["gate"], manifest["source"]
     named = source["spec"] + (f" at {source['revision']}" if source["revision"] else "")
-    passes = ", ".join(each["name"] for each in measurements["passes"])
+    passes = ", ".join(each["name"] for each in measurements["passes"]) or "none"
     parts = [
         paragraph("sparsec report", "kicker"),
         title(model_name(manifest)),

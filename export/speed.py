@@ -50,7 +50,7 @@ def _promised(points: Points, selector: Mapping[str, Any]) -> list[str]:
             svg.ratios([("expected", points)], tokens, label),
             f"Dense bytes over ours: where memory decides, a step of these layers is as many times as fast at best. "
             f"Break-even: {break_even_words(even)}.",
-            [("line", "expected"), ("warn", "break-even")],
+            [("line", "expected"), *([("warn", "break-even")] if tokens is not None else [])],
         ),
         table(
             ["context, mean", "dense bytes over ours"],
@@ -88,7 +88,11 @@ def _measured(timed: Mapping[str, Any]) -> list[str]:
         picture = figure(
             svg.ratios(lines, float(even) if even is not None else None, "Dense time over ours by context"),
             f"Dense time over ours: above 1 the artifact is faster. {words}",
-            [("line", "a token"), ("other-line", "the prompt"), ("warn", "break-even")],
+            [
+                ("line", "a token"),
+                ("other-line", "the prompt"),
+                *([("warn", "break-even")] if even is not None else []),
+            ],
         )
     about = f"{timed['device']}, {timed['dtype']}, batch {by[next(iter(by))]['batch']}; medians of one run"
     return [

@@ -229,7 +229,8 @@ def ratios(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], even: flo
 
     parts = [*scale.grid(lambda v: f"{v:g}×"), _line(LEFT, scale.y(1.0), 100, scale.y(1.0), "mark")]
     if even is not None and contexts[0] <= even <= contexts[-1]:
-        parts += [_line(place(even), 12, place(even), height, "warn"), _text(place(even), 8, "break-even", "middle")]
+        side = "end" if place(even) > 85 else "middle"
+        parts += [_line(place(even), 12, place(even), height, "warn"), _text(place(even), 8, "break-even", side)]
     for number, (name, points) in enumerate(lines):
         tone = "strong" if number == 0 else "other-line"
         for (x0, y0), (x1, y1) in pairwise(points):
@@ -246,7 +247,7 @@ def ratios(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], even: flo
 
 def grid(shares: Sequence[Sequence[float | None]], lengths: Sequence[str], depths: Sequence[str], label: str) -> str:
     """Needles found: a column a length, a row a depth; a share from 0 to 1 each, None where none was hidden."""
-    cell, gutter = 26, 14.0
+    cell, gutter = 26, 17.0
     column = (100 - gutter) / len(lengths)
     parts = []
     for down, row in enumerate(shares):

@@ -91,12 +91,17 @@ class Pass(Strict):
         """Expected cost on a model of this shape; max_positions is the longest context it reads."""
 
 
+def is_start(plan: Plan) -> bool:
+    """A head split that was given, and that no pass has touched yet: retrieval heads are dense in decode too."""
+    return plan.window is not None and not plan.passes and not plan.indexed()
+
+
 def met(plan: Plan) -> set[Need]:
     """What the plan has."""
     have: dict[Need, bool] = {
         "heads": any(layer.local for layer in plan.layers),
         "indexers": bool(plan.indexed()),
-        "a dense model": plan.is_dense,
+        "a dense model": plan.is_dense or is_start(plan),
         "a model with indexers of its own": plan.dsa is not None,
     }
     return {need for need, there in have.items() if there}

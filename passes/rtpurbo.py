@@ -26,8 +26,9 @@ from sparsec.calibrate.prefill_quality import prefill_quality
 from sparsec.calibrate.retrieval_heads import needle_mass
 from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.splits import Calibration
+from sparsec.errors import PlanError
 from sparsec.events import Event, tracked
-from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
+from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier, is_start
 from sparsec.passes.split import (
     Granularity,
     Heads,
@@ -104,9 +105,11 @@ class Rtpurbo(Pass):
     def run(self, program: Program, calibration: Calibration) -> PassResult:
         """Detect, split, check, fit. See :class:`sparsec.passes.base.Pass`."""
         plan, model, listen = program.plan, program.model, program.listen
-        allowed = splittable(program, self.name)
+        given = plan.window if is_start(plan) else None
+        allowed = splittable(program, self.name, given=given is not None)
         readable = int(model.config.max_position_embeddings)
-        window = self.window_for(readable)
+        window = given.size if given is not None else self.window_for(readable)
+        sinks = given.sinks if given is not None else self.sinks
         context = self.context or min(readable, 4 * window)
 
         documents = needle_documents(
@@ -115,29 +118,32 @@ class Rtpurbo(Pass):
             count=self.documents,
             length=context,
             window=window,
-            sinks=self.sinks,
+            sinks=sinks,
             needles_per_document=self.needles,
             words=self.needle_words,
             seed=program.seed,
         )
         scores = needle_mass(model, documents, plan.model, listen)
         heads, measured = self._partition(scores, plan, allowed)
+        if given is not None:
+            heads = self._given(plan, heads, measured)
         listen(Event("detect retrieval heads", note=f"kept {sum(map(len, heads.values()))} heads"))
         reach = max(context, min(readable, self.reach or readable))
         if self.reach is not None and self.reach > readable:
             listen(Event("reach", note=f"lowered to {readable} tokens, all that the model reads"))
         measured |= {"window": window, "context": context, "reach": reach, "readable": readable}
-        sized = Window(size=window, sinks=self.sinks)
-        measured["causal_check"] = causal_check(program, documents[:3], heads, allowed, sized, self.min_context)
+        sized = Window(size=window, sinks=sinks)
+        least = plan.min_context if given is not None else self.min_context
+        measured["causal_check"] = causal_check(program, documents[:3], heads, allowed, sized, least)
 
-        split = self._split(plan, heads, window)
-        forced = Forced(self.sinks, self.forced_recent, lump=self.target == "lumped")
+        split = self._split(plan, heads, sized, least)
+        forced = Forced(sinks, self.forced_recent, lump=self.target == "lumped")
         text = FitText(
             windows=self.windows,
             context=context,
             reach=reach if self.stretch else context,
             local=window,
-            sinks=self.sinks,
+            sinks=sinks,
             needles=self.needles,
             words=self.needle_words,
             rows=self.rows,
@@ -204,7 +210,22 @@ class Rtpurbo(Pass):
         }
         return heads, measured
 
-    def _split(self, plan: Plan, heads: Heads, window: int) -> Plan:
+    def _given(self, plan: Plan, found: Heads, measured: dict[str, Any]) -> Heads:
+        """The heads of the split that the compile started from; how many of them detection would keep is noted.
+
+        Raises:
+            PlanError: the split keeps no head.
+        """
+        heads: Heads = {i: layer.retrieval for i, layer in enumerate(plan.layers) if layer.heads and layer.retrieval}
+        if not heads:
+            raise PlanError(f"the split that the compile starts from keeps no head: {self.name} has nothing to fit")
+        ours = {(layer, head) for layer, row in found.items() for head in row}
+        theirs = {(layer, head) for layer, row in heads.items() for head in row}
+        measured["given"] = {"detected": len(ours), "agree": len(ours & theirs)}
+        measured["kept_heads"] = len(theirs)
+        return heads
+
+    def _split(self, plan: Plan, heads: Heads, window: Window, min_context: int | None) -> Plan:
         """Retrieval heads with an indexer, all others local."""
         selector = Selector(
             rank=min(self.rank, plan.model.head_dim),
@@ -212,15 +233,14 @@ class Rtpurbo(Pass):
             top_p=self.top_p,
             granularity=self.select,
             block=self.block,
-            sinks=self.sinks,
+            sinks=window.sinks,
             recent=self.forced_recent,
             min_keep=self.min_keep,
             prefill=self.prefill,
             query_block=self.query_block,
             vote_every=self.vote_every,
         ).model_dump()
-        sized = Window(size=window, sinks=self.sinks)
-        return split_plan(plan, heads, sized, self.min_context, index="full", selector=selector)
+        return split_plan(plan, heads, window, min_context, index="full", selector=selector)
 
     def _selector(
         self, program: Program, calibration: Calibration, plan: Plan, tensors: dict[str, Tensor], reach: int

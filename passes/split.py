@@ -30,15 +30,17 @@ def scaled_window(window: int | None, readable: int) -> int:
     return window or max(16, min(8192, readable // 16))
 
 
-def splittable(program: Program, name: str) -> Tensor:
+def splittable(program: Program, name: str, given: bool = False) -> Tensor:
     """bool [layers]: those that the pass ``name`` may split, which are all but the model's own sliding ones.
+
+    given: a split that is there already is what the pass goes on from.
 
     Raises:
         PlanError: the plan is not dense, or the model has no such layer.
     """
     if program.plan.dsa is not None:
         raise PlanError(f"{name} is for dense models, this one chooses keys with indexers of its own: use indexcache")
-    if any(layer.local for layer in program.plan.layers):
+    if any(layer.local for layer in program.plan.layers) and not given:
         raise PlanError(f"{name} starts from a dense plan, this one already has local heads: run it first")
     allowed = torch.ones(program.plan.model.layers, dtype=torch.bool)
     allowed[list(native_local_layers(program.model.config))] = False

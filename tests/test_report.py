@@ -289,7 +289,7 @@ def _source(drawing: ElementTree.Element) -> str:
 
 
 def test_page_has_every_section_in_order(made: Callable[..., Inputs]) -> None:
-    sections = ["heads", "detection", "stage1", "selectors", "sharing", "passes", "text", "recipe", "warnings"]
+    sections = ["heads", "detection", "stage1", "selectors", "sharing", "speed", "passes", "text", "recipe", "warnings"]
     assert read(made()).sections == sections
     assert read(made(train=True)).sections == [*sections[:5], "training", *sections[5:]]
 
@@ -300,6 +300,7 @@ def test_sections_of_passes_that_did_not_run_are_absent(made: Callable[..., Inpu
         "detection",
         "stage1",
         "selectors",
+        "speed",
         "text",
         "recipe",
         "warnings",
@@ -328,6 +329,7 @@ def test_drawings_are_xml_with_a_label_and_finite_places(made: Callable[..., Inp
         "curve",
         "curve",
         "heat",
+        "curve",
         "curve",
     ]
     for tree in found.values():

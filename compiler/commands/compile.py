@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Folder of the artifact.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help=HELP["recipe"])
 @click.option("--from-recipe", "repeated", metavar="ARTIFACT", help=HELP["from_recipe"])
+@click.option("--from", "start_files", type=click.Path(path_type=Path), help=HELP["from"])
 @click.option("--set", "settings", multiple=True, metavar="PASS.OPTION=VALUE", help=HELP["set"])
 @click.option("--tier", type=click.Choice(["training-free", "minutes", "hours"]), help=HELP["tier"])
 @click.option("--keep", help="Short for --set indexcache.keep=…, e.g. 25%.")
@@ -41,6 +42,7 @@ def compile_command(
     out: Path | None,
     recipe_file: Path | None,
     repeated: str | None,
+    start_files: Path | None,
     settings: tuple[str, ...],
     tier: Tier | None,
     keep: str | None,
@@ -78,6 +80,16 @@ def compile_command(
         named = [name.strip() for name in passes.split(",") if name.strip()]
         given = data.get("passes") or {}
         data["passes"] = {name: given.get(name, {}) for name in named}
+    if start_files is not None:
+        from sparsec.compiler.start import read_start
+
+        split, pattern = read_start(start_files)
+        if split is not None:
+            data["start"] = split.model_dump(mode="json")
+        if pattern is not None:
+            if "indexcache" not in (data.get("passes") or {}):
+                raise UsageError(f"--from {start_files} is a sharing pattern: add indexcache to --passes")
+            data["passes"]["indexcache"] = {"pattern": pattern, **data["passes"]["indexcache"]}
     short = [f"indexcache.{name}={value}" for name, value in (("keep", keep), ("max_loss", max_loss)) if value]
     for setting in (*settings, *short):
         owner, option, value = parse_setting(setting)
@@ -90,8 +102,9 @@ def compile_command(
     for name, value in (("calibration", calibration), ("seed", seed)):
         if value is not None:
             data[name] = value
-    if not data.get("passes"):
+    if not data.get("passes") and not data.get("start"):
         raise UsageError("no passes: give --passes rtpurbo,indexcache or --recipe FILE")
+    data.setdefault("passes", {})
     if tier is not None:
         data["passes"] = with_tier(data["passes"], tier)
     recipe = make_recipe(data)
@@ -107,7 +120,9 @@ def compile_command(
         if out is not None:
             check_free(out, force=force)
         opened = open_source(source, revision=revision, cache_dir=cache_dir())
-        expected = expect(opened.path, weight_files(opened.path), ordered, device, f"sparsec {sparsec.__version__}")
+        expected = expect(
+            opened.path, weight_files(opened.path), ordered, device, f"sparsec {sparsec.__version__}", recipe.start
+        )
         click.echo(json.dumps(expected, indent=2) if as_json else _expected_text(expected))
         return
 

@@ -17,6 +17,7 @@ HELP = {
     "recipe": "YAML file with passes, options, calibration, seed and gate; options on the line win.",
     "to": "headwise (RTP-LLM), duo (DuoAttention), or indexcache (vLLM, SGLang).",
     "from_recipe": "Repeat an artifact, hub://org/name or a folder: its recipe and, where SOURCE is left out, source.",
+    "from": "Start from a head split or sharing pattern in another engine's files (sparsec inspect reads them).",
     "set": "An option of a pass or the gate, e.g. rtpurbo.ratio=0.2 or gate.max_loss=0.02. May be repeated.",
     "tier": "What the passes may cost: sets their options, below those given.  [default: each pass's own]",
     "calibration": "Text, JSONL or Parquet file, folder, Hub data set, or 'builtin' (Python's own documentation).",

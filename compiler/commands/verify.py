@@ -9,11 +9,18 @@ import click
 
 from sparsec.compiler.commands.options import cache_dir, check_place, device_options
 
+GATE = "YAML with thresholds, see docs/ci.md.  [default: the recipe's]"
+
 
 @click.command("verify")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--quick", is_flag=True, help="Integrity and golden prompts only.")
-@click.option("--gate", "gate_file", type=click.Path(path_type=Path), help="YAML with thresholds, see docs/ci.md.")
+@click.option(
+    "--gate",
+    "gate_file",
+    type=click.Path(path_type=Path),
+    help=GATE,
+)
 @click.option("--against", type=click.Path(path_type=Path), help="Another artifact of the model: the last release.")
 @click.option("--base", metavar="SOURCE", help="The dense model, where it is not where it was at the compile.")
 @click.option("--text", help="Held-out text, as --calibration of compile.  [default: the artifact's own]")
@@ -40,12 +47,12 @@ def verify_command(
     """
     from sparsec.compiler.draw import drawing
     from sparsec.compiler.explain import table
-    from sparsec.compiler.thresholds import read_thresholds
+    from sparsec.compiler.thresholds import of_recipe, read_thresholds
     from sparsec.compiler.verify import Asked, verify
     from sparsec.errors import GateError
     from sparsec.export import verdicts
 
-    thresholds = read_thresholds(gate_file)
+    thresholds = read_thresholds(gate_file) if gate_file is not None else of_recipe(artifact)
     check_place(junit, "--junit")
     check_place(markdown, "--markdown")
     with drawing() as listen:
