@@ -9,6 +9,7 @@ indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and afte
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
 cheaper   the same: HISA and MISA
 kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the fastest dense kernel
+gate      gate-demo.json, what benchmarks/release_gate.py wrote: what verify takes, and what it catches
 routing   routing-demo.json, what benchmarks/routing.py wrote: forecasting, skipping, dropping, chance
 """
 
@@ -165,6 +166,45 @@ def routing(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gate(result: Mapping[str, Any]) -> str:
+    """What `sparsec verify` takes and catches."""
+    runs = [("`verify --quick`", result["quick"]), ("`verify`", result["whole"])]
+    rows = [
+        [name, *(f"{each[key]:,.0f} s" for key in ("seconds", "cpu")), f"{each['load']:.1f}", _counted(each["checks"])]
+        for name, each in runs
+    ]
+    caught = [
+        [
+            name,
+            each["what"],
+            "yes" if each["hashes hold"] else "no",
+            "yes" if each["status"] == 3 else "no",
+            each["said"],
+        ]
+        for name, each in result["changed"].items()
+    ]
+    flipped = result["corruptions"]
+    machine = f"{result['cores']} cores, torch {result['versions']['torch']}"
+    note = (
+        f"Of {flipped['flipped']} single bytes that were changed, one at a time, {flipped['caught']} were caught. CPU "
+        f"seconds are those of all threads; load is what else wanted the cores when the run began. {machine}: "
+        f"`{result['command']}`."
+    )
+    return "\n".join(
+        [
+            *_markdown(["", "wall-clock", "CPU", "load", "checks"], rows, 1),
+            "",
+            *_markdown(["changed and hashed again", "where", "hashes hold", "caught", "by"], caught, 5),
+            "",
+            note,
+        ]
+    )
+
+
+def _counted(checks: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in checks.items())
+
+
 def _answers(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['accuracy']:.1%}", f"{row['nats']:.4f} ± {row['error']:.4f}"]
 
@@ -189,6 +229,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "sharing": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", sharing),
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
+    "gate": ("gate-demo", "python benchmarks/release_gate.py out/demo && make docs", gate),
     "routing": ("routing-demo", "python benchmarks/routing.py quality && make docs", routing),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
 }

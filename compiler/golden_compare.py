@@ -39,8 +39,8 @@ def differences(golden: Mapping[str, Any], now: Mapping[str, Any], bounds: Golde
     Raises:
         ArtifactError: golden.json is damaged.
     """
-    exact = golden["dtype"] == now["dtype"] == "float32"
     try:
+        exact = golden["dtype"] == now["dtype"] == "float32"
         pairs = list(zip(golden["prompts"], now["prompts"], strict=True))
         return [
             _layers(golden["layers"], now["layers"]),

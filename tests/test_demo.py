@@ -5,6 +5,7 @@ The bars that need long contexts and many prompts are measured by ``sparsec eval
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,16 @@ def test_a_finished_compile_runs_again_from_its_stored_stages(compiled: Any) -> 
     assert again.seconds["rtpurbo"] == again.seconds["indexcache"] == again.seconds["measure dense"] == 0.0
     assert again.plan == outcome.plan
     assert {name: (job.out / name).read_bytes() for name in first} == first
+
+
+def test_the_artifact_passes_the_release_gate(compiled: Any, cli: Any) -> None:
+    done = cli("verify", compiled[0].out, "--quick", "--json")
+    assert done.status == 0, done.err
+    checks = {(each["name"], each["engine"]): each for each in json.loads(done.out)["checks"]}
+    assert checks["files", ""]["status"] == "pass"
+    assert checks["outputs of heads", "pytorch"]["figures"]["value"] < 1e-3
+    assert checks["chosen keys", "pytorch"]["figures"]["value"] > 0.98
+    assert checks["greedy tokens", "pytorch"]["figures"]["value"] == 1
 
 
 def test_the_artifact_answers_from_beyond_the_window(compiled: Any, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 from sparsec.compiler.cli import cli as COMMANDS
 from sparsec.compiler.registry import known_passes
@@ -51,6 +52,10 @@ PARSED = {  # minutes of work: name, options and their types are checked
     "sparsec compile demo --passes rtpurbo,indexcache,informed-routing --set gate.max_loss=0.5 -o out/both",
     "sparsec verify out/demo --gate gate.yaml --against out/released --junit verify.xml --markdown verify.md",
     "sparsec diff out/released out/demo",
+    "sparsec bench out/demo --contexts 1024,2048,4096 -o bench.json",
+    "sparsec report out/demo --eval eval.json --bench bench.json -o report.html",
+    "sparsec inspect path/to/patterns",
+    "sparsec compile demo --from path/to/patterns --passes rtpurbo,indexcache -o out/given",
     "sparsec push out/demo organisation/name --private",
     "sparsec compile --from-recipe hub://organisation/name -o out/again",
     "sparsec export out/demo --to onnx",
@@ -206,6 +211,28 @@ def test_python_in_the_readme_runs(folder: Path) -> None:
     done = run(f"{shlex.quote(sys.executable)} example.py", folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Once upon a time")
+
+
+def test_the_pytest_example_of_the_release_gate_runs(folder: Path, tmp_path: Path) -> None:
+    [example] = [code for document, code in blocks("python") if document.name == "ci.md"]
+    conftest, test = example.split("# test_artifact.py\n")
+    (tmp_path / "conftest.py").write_text(conftest, encoding="utf-8")
+    (tmp_path / "test_artifact.py").write_text(test, encoding="utf-8")
+    (tmp_path / "artifact").symlink_to((folder / "out" / "demo").resolve())
+    done = run("pytest -v -p no:cacheprovider", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_artifact[golden: chosen keys pytorch] PASSED" in done.stdout
+    assert "test_artifact[golden: next tokens vllm] SKIPPED" in done.stdout
+
+
+def test_the_workflow_example_calls_what_there_is() -> None:
+    [workflow] = [yaml.safe_load(text) for document, text in blocks("yaml") if document.name == "ci.md"]
+    [job] = workflow["jobs"].values()
+    [line] = [step["run"] for step in job["steps"] if step.get("run", "").startswith("sparsec")]
+    name, *arguments = shlex.split(line)[1:]
+    assert COMMANDS.commands[name].make_context(name, arguments).params["junit"] == Path("verify.xml")
+    uploaded = next(step for step in job["steps"] if "upload" in step.get("uses", ""))
+    assert uploaded["if"] == "always()"
 
 
 @pytest.mark.parametrize("writer", ["docs/generate.py", "benchmarks/tables.py"])

@@ -58,7 +58,9 @@ def test_indexers_are_fitted_to_the_heads_that_were_given(
     assert cli("verify", again, "--quick").status == 0
     back = tmp_path / "back"
     assert cli("export", out, "--to", "headwise", "-o", back).status == 0
-    assert read_start(back) == read_start(out.parent / "back")
+    start, _ = read_start(back)
+    assert start is not None
+    assert [list(row) for row in start.heads or ()] == HEADS
 
 
 def test_a_split_alone_is_judged_and_written(

@@ -300,11 +300,12 @@ def test_changed_sharing_is_caught(cli: Any, artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda golden: golden.update(format=9), "has format 9, this sparsec reads 1"),
+        (lambda golden: golden.update(format=9), "has format 9, this sparsec reads 2"),
         (lambda golden: golden.update(prompts=[]), "holds no prompts of this model"),
         (lambda golden: golden["prompts"][0].update(tokens=[10**9] * 300), "holds no prompts of this model"),
         (lambda golden: golden["prompts"][0].update(outputs={"shape": [2**40], "data": ""}), "golden.json is damaged"),
         (lambda golden: golden["prompts"][0].update(chosen=3), "golden.json is damaged"),
+        (lambda golden: golden.pop("dtype"), "golden.json is damaged"),
     ],
 )
 def test_a_damaged_record_fails_and_is_no_traceback(
