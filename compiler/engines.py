@@ -16,7 +16,7 @@ from sparsec.compiler import golden
 from sparsec.compiler.golden_compare import Difference, written
 from sparsec.compiler.thresholds import GoldenBounds
 from sparsec.errors import UsageError
-from sparsec.layout import read_json
+from sparsec.layout import CONFIG, read_json
 from sparsec.plugins.onnx_runner import FOLDER as ONNX
 from sparsec.plugins.onnx_runner import MANIFEST, OnnxModel
 
@@ -41,9 +41,10 @@ def on_onnx(artifact: Path, recorded: Mapping[str, Any], bounds: GoldenBounds, d
         runner = OnnxModel(artifact / ONNX, device=device.partition(":")[0], threads=torch.get_num_threads())
     except UsageError as error:
         raise NotHere(str(error)) from None
-    rows = int(read_json(artifact / "config.json")["vocab_size"])
+    config = read_json(artifact / CONFIG)
+    rows = int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0)
     now = [golden.on_runner(runner, tokens) for tokens in golden.tokens_of(recorded, rows)]
-    return written(recorded, now, runner.manifest["dtype"], bounds)
+    return written(recorded, now, str(runner.manifest.get("dtype")), bounds)
 
 
 def not_run(artifact: Path) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ GATE = "YAML with thresholds, see docs/ci.md.  [default: the recipe's]"
 
 @click.command("verify")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--quick", is_flag=True, help="Integrity and golden prompts only.")
+@click.option("--quick", is_flag=True, help="Integrity and the first golden prompt only.")
 @click.option(
     "--gate",
     "gate_file",
