@@ -63,6 +63,16 @@ class Compiled:
 
 
 @dataclass(frozen=True)
+class Use:
+    """An operator as a network uses it: what its kernel is compiled from."""
+
+    operator: str
+    floats: str  # the type of keys and values; "" where it has none
+    shapes: tuple[tuple[int, ...], ...]  # of the inputs; -1: free
+    attributes: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
 class Operator:
     """One operator of the domain: its interface. Subclasses say what runs.
 

@@ -7,7 +7,6 @@ An engine with them is built with no GPU. Where it runs, Python and Triton have 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,18 +14,8 @@ from typing import Any
 import numpy as np
 
 from sparsec.errors import UsageError
-from sparsec.plugins.ahead import NAMESPACE, OPERATORS, Operator, compiled
+from sparsec.plugins.ahead import NAMESPACE, OPERATORS, Operator, Use, compiled
 from sparsec.plugins.driver import launch
-
-
-@dataclass(frozen=True)
-class Use:
-    """An operator as a network uses it: what its kernel is compiled from."""
-
-    operator: str
-    floats: str
-    shapes: tuple[tuple[int, ...], ...]  # -1: free
-    attributes: tuple[tuple[str, Any], ...]
 
 
 def register(trt: ModuleType) -> list[Use]:

@@ -34,12 +34,17 @@ def test_what_rtx_cannot_be_built_for_is_refused_before_the_work(tiny_artifact: 
 
 @needs_rtx
 @pytest.mark.slow
-def test_engines_are_built_and_say_where_they_load(tiny_artifact: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plugins", [False, True])
+def test_engines_are_built_and_say_where_they_load(plugins: bool, tiny_artifact: Path, tmp_path: Path) -> None:
     artifact = tmp_path / "tiny"
     shutil.copytree(tiny_artifact, artifact)
-    made: dict[str, Any] = export_tensorrt(artifact, flavour="rtx", slots=64)
+    made: dict[str, Any] = export_tensorrt(artifact, flavour="rtx", slots=64, plugins=plugins)
     assert made["compute_capabilities"] == list(RTX_CAPABILITIES)
-    assert set(made["files"]) == {"prefill.engine", "decode.engine"}
+    assert {name for name in made["files"] if name.endswith(".engine")} == {"prefill.engine", "decode.engine"}
     assert made["layers"]["decode"]["KV_CACHE_UPDATE"] > 0
+    assert (made["layers"]["decode"].get("PLUGIN_V3", 0) > 0) == plugins
+    assert bool(made["plugins"]) == plugins
+    for plugin in made["plugins"]:
+        assert {each["sha256"] for each in plugin["ptx"].values()} <= set(made["files"].values())
     why = diagnosis(artifact)["exports"]["tensorrt"]["why"]
     assert torch.cuda.is_available() or why == "there is no GPU to run it on"

@@ -1,8 +1,8 @@
 """Decode attention divided into the operators that are plugins of TensorRT, each one kernel.
 
 A plugin compiled ahead of time is a single launch, so what takes several is several operators: shares of the keys, and
-what combines them. Graphs keep their nodes; the bodies of three operators become calls of these, whose own bodies in
-standard operators are here. What a share holds is the kernels' business: combined they are the attention.
+what combines them. They, too, have bodies of standard operators, so such a graph runs wherever the other one does. What
+a share holds is the kernels' business: combined they are the attention.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ from sparsec.plugins.ahead import NAMESPACE, OPERATORS
 
 SHARE = 256  # keys a program, about
 MOST = 16  # programs that divide a head's keys
-DIVIDED_OPERATORS = ("WindowDecode", "BesideDecode", "ChosenDecode")
-# TensorRT looks for a plugin by these; ``aot``: one that was compiled ahead of time.
-_PLUGIN = f'plugin_namespace = "{NAMESPACE}", plugin_version = "{VERSION}", aot = 1'
-_NEAR = "window: int = @window, sinks: int = @sinks, min_context: int = @min_context, scale: float = @scale"
-_SHARES = "shares: int = @shares"
+DIVIDED = {"WindowDecode": "WindowShares", "BesideDecode": "BesideShares", "ChosenDecode": "ListedShares"}
 
 # All keys as the first share; the others saw nothing.
 _FIRST = """
@@ -124,39 +120,48 @@ CombineShares (partial, lse, q) => (out) {
     mean = MatMul (row, partial)
     out = CastLike (mean, q)
 }""",
-    "WindowDecode": f"""
-WindowDecode <window, sinks, min_context, scale, shares> (q, ring, v, lengths) => (out) {{
-    partial, lse = {DOMAIN}.WindowShares <{_NEAR}, {_SHARES}, {_PLUGIN}> (q, ring, v, lengths)
-    out = {DOMAIN}.CombineShares <{_PLUGIN}> (partial, lse, q)
-}}""",
-    "BesideDecode": f"""
-BesideDecode <window, sinks, min_context, scale, shares, kv_heads> (q, k, v, lengths) => (out) {{
-    partial, lse = {DOMAIN}.BesideShares <{_NEAR}, {_SHARES}, kv_heads: ints = @kv_heads, {_PLUGIN}> (q, k, v, lengths)
-    out = {DOMAIN}.CombineShares <{_PLUGIN}> (partial, lse, q)
-}}""",
-    "ChosenDecode": f"""
-ChosenDecode <kv_heads, scale, shares> (q, k, v, keep) => (out) {{
-    lists, counts = {DOMAIN}.ListKept <{_PLUGIN}> (keep)
-    partial, lse = {DOMAIN}.ListedShares <kv_heads: ints = @kv_heads, scale: float = @scale, {_SHARES}, {_PLUGIN}>
-        (q, k, v, lists, counts)
-    out = {DOMAIN}.CombineShares <{_PLUGIN}> (partial, lse, q)
-}}""",
 }
 
 
 def divide(model: Any, slots: int) -> None:
-    """Give a decode graph, whose full KV heads have so many ``slots``, the bodies that call plugins."""
+    """Put the operators that are plugins in place of a decode graph's attention.
+
+    They stand in the graph itself: in the body of a function TensorRT's parser does not look for plugins.
+
+    Args:
+        model: the graph with its functions; changed.
+        slots: of full KV heads.
+    """
     from onnx import helper
 
+    plugin = {"plugin_namespace": NAMESPACE, "plugin_version": str(VERSION), "aot": 1}
+    nodes = []
     for node in model.graph.node:
-        if node.domain == DOMAIN and node.op_type in DIVIDED_OPERATORS:
-            sizes = {each.name: each.i for each in node.attribute}
-            reach = max(sizes.get("window", 0) + sizes.get("sinks", 0), sizes.get("min_context", 0)) or slots
-            node.attribute.append(helper.make_attribute("shares", min(MOST, -(-min(reach, slots) // SHARE))))
-    functions = {each.name: each for each in model.functions}
-    used = {name for name in DIVIDED_OPERATORS if name in functions}
-    inner = {node.op_type for name in used for node in function(name, BODIES).node} & OPERATORS.keys()
+        if node.domain != DOMAIN or node.op_type not in DIVIDED:
+            nodes.append(node)
+            continue
+        given = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        reach = max(given.get("window", 0) + given.get("sinks", 0), given.get("min_context", 0)) or slots
+        shares = min(MOST, -(-min(reach, slots) // SHARE))
+        (out,) = node.output
+
+        def put(name: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
+            place = f"{out}.{name}"
+            nodes.append(helper.make_node(name, inputs, outputs, place, None, DOMAIN, **attributes, **plugin))
+
+        *row, last = node.input
+        parts = [f"{out}.partial", f"{out}.lse"]
+        name = DIVIDED[node.op_type]
+        own = {each: given[each] for each in OPERATORS[name].attributes if each in given}
+        if name == "ListedShares":
+            lists = [f"{out}.lists", f"{out}.counts"]
+            put("ListKept", [last], lists)
+            put(name, [*row, *lists], parts, **own, shares=shares)
+        else:
+            put(name, [*row, last], parts, **own, shares=shares)
+        put("CombineShares", [*parts, node.input[0]], [out])
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    used = {node.op_type for node in nodes if node.domain == DOMAIN}
     del model.functions[:]
-    model.functions.extend(
-        function(name, BODIES) if name in used | inner else functions[name] for name in sorted({*functions, *inner})
-    )
+    model.functions.extend(function(name, {**FUNCTIONS, **BODIES}) for name in sorted(used))

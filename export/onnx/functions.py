@@ -436,8 +436,7 @@ def function(name: str, bodies: Mapping[str, str] = FUNCTIONS) -> onnx.FunctionP
 def _parsed(body: str) -> onnx.FunctionProto:
     from onnx import parser
 
-    calls = f', "{DOMAIN}" : {VERSION}' if f"{DOMAIN}." in body else ""
-    return parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}{calls}]>{body}')
+    return parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>{body}')
 
 
 def with_functions(model: Any) -> None:
