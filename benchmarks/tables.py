@@ -9,6 +9,7 @@ indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and afte
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
 cheaper   the same: HISA and MISA
 kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the fastest dense kernel
+onnx      onnx-demo.json, what benchmarks/onnx_speed.py wrote: ONNX Runtime, the artifact beside the dense model
 routing   routing-demo.json, what benchmarks/routing.py wrote: forecasting, skipping, dropping, chance
 """
 
@@ -165,6 +166,33 @@ def routing(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def onnx(result: Mapping[str, Any]) -> str:
+    """The result of benchmarks/onnx_speed.py as Markdown: the artifact and the dense model, exported the same way."""
+    rows = [
+        [
+            name,
+            f"{row['step_s'] * 1e3:.0f} ms",
+            f"{row['quartiles_s'][0] * 1e3:.0f} to {row['quartiles_s'][1] * 1e3:.0f} ms",
+            f"{row['kv_bytes'] / 2**20:.1f} MiB",
+            f"{row['export']['cpu_seconds']:.0f} s, {row['export']['seconds']:.0f} s by the clock",
+            f"{row['export']['peak_bytes'] / 2**30:.2f} GiB",
+        ]
+        for name, row in result["rows"].items()
+    ]
+    head = ["", "a token", "quartiles", "stores", "export", "its peak memory"]
+    same = result["parity"]
+    parity = (
+        f"Against PyTorch behind {same['prompt']:,} tokens, {same['steps']} steps: {same['same']:.1%} of greedy tokens "
+        f"equal, largest error relative to a row's largest logit {max(same['prefill'], same['decode']):.1e}."
+    )
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "onnxruntime"))
+    made = (
+        f"{result['context']:,} tokens, {result['dtype']}, CPU, {result['threads']} threads, load {result['load']:.1f}"
+    )
+    note = f"Decode {result['ratio']:.2f} times as fast. {parity} {made}; {versions}: `{result['command']}`."
+    return "\n".join([*_markdown(head, rows, 1), "", note])
+
+
 def _answers(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['accuracy']:.1%}", f"{row['nats']:.4f} ± {row['error']:.4f}"]
 
@@ -190,6 +218,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
     "routing": ("routing-demo", "python benchmarks/routing.py quality && make docs", routing),
+    "onnx": ("onnx-demo", "python benchmarks/onnx_speed.py out/demo -o benchmarks/results/onnx-demo.json", onnx),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
 }
 

@@ -1,7 +1,7 @@
-"""Operators of the decode graph as kernels compiled ahead of time: what TensorRT's plugins are made of, without TensorRT.
+"""Operators of the decode graph as kernels compiled ahead of time: TensorRT's plugins without TensorRT.
 
-For each operator: shapes and types of its outputs, the kernel, its launch, and PTX for a GPU that need not be there. All
-of it is plain: sizes may be numbers or a library's symbols for sizes. :mod:`sparsec.plugins.tensorrt` and
+For each operator: shapes and types of its outputs, the kernel, its launch, and PTX for a GPU that need not be there.
+All of it is plain: sizes may be numbers or a library's symbols for sizes. :mod:`sparsec.plugins.tensorrt` and
 :mod:`sparsec.plugins.tensorrt_rtx` are thin layers over this table. Graphs hold these operators where they were
 exported with plugins (:mod:`sparsec.export.onnx.divided`).
 """
@@ -90,7 +90,9 @@ class Operator:
 
     def types(self, floats: str) -> tuple[list[str], list[str]]:
         """Types of inputs and outputs where T is ``floats``."""
-        return tuple([floats if each == "T" else each for each in side.values()] for side in (self.inputs, self.outputs))  # type: ignore[return-value]
+        return tuple(
+            [floats if each == "T" else each for each in side.values()] for side in (self.inputs, self.outputs)
+        )  # type: ignore[return-value]
 
     def shapes(self, inputs: Sequence[Sequence[Any]], attributes: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         """Shapes of the outputs."""

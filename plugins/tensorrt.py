@@ -110,7 +110,7 @@ def _declare(
 
 
 def _signed(function: Callable[..., Any], operator: Operator, tensor: Any, more: Sequence[str], returns: Any) -> Any:
-    """The function under the signature that TensorRT reads and checks: tensors, attributes, what the kind of call adds."""
+    """The function under the signature that TensorRT reads: tensors, attributes, what the kind of call adds."""
     parameter, kind = inspect.Parameter, inspect.Parameter.POSITIONAL_OR_KEYWORD
     listed = [parameter(each, kind, annotation=tensor) for each in operator.inputs]
     listed += [parameter(each, kind, annotation=KINDS[what]) for each, what in operator.attributes.items()]

@@ -1,7 +1,7 @@
 """The operators as plugins of TensorRT-RTX, which has no quickly deployable ones: ``IPluginV3`` over the same kernels.
 
-An engine with them is built with no GPU. Where it runs, Python and Triton have to be there, and these plugins registered
-(:func:`register`), before the engine is loaded.
+An engine with them is built with no GPU. Where it runs, Python and Triton have to be there, and these plugins
+registered (:func:`register`), before the engine is loaded.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def _creator(trt: ModuleType, operator: Operator, uses: list[Use]) -> Any:
 
     def _floats(found: Sequence[Any]) -> str:
         """The type of what is T among the inputs; ListKept has none."""
-        return next((types[each] for each, kind in zip(found, operator.inputs.values(), strict=True) if kind == "T"), "")
+        return next(
+            (types[each] for each, kind in zip(found, operator.inputs.values(), strict=True) if kind == "T"), ""
+        )
 
     def _fields(attributes: dict[str, Any]) -> Any:
         listed = []

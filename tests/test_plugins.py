@@ -174,7 +174,8 @@ for tactic in tactics or OPERATORS[name].tactics:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(made.ptx)
-        subprocess.run([get_ptxas(capability).path, f"-arch=sm_{capability}{suffix}", file, "-o", file.with_suffix(".o")], check=True)
+        call = [get_ptxas(capability).path, f"-arch=sm_{capability}{suffix}", file, "-o", file.with_suffix(".o")]
+        subprocess.run(call, check=True)
     print(made.name, made.threads, made.shared, made.digest)
 """  # fmt: skip
 
@@ -242,7 +243,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, Modul
     kinds = SimpleNamespace(**{name: name for name in ("INT64", "INT32", "INT16", "INT8", "FLOAT64", "FLOAT32")})
     kinds.FLOAT16, kinds.CHAR, kinds.UNKNOWN = "FLOAT16", "CHAR", "UNKNOWN"
     for name, value in {
-        "PluginFieldType": kinds, "get_plugin_registry": Registry,
+        "PluginFieldType": kinds, "get_plugin_registry": Registry, "Dims": type("Dims", (), {"MAX_DIMS": 8}),
         **{kind: kind for kind in ("float32", "float16", "bfloat16", "int32", "int64", "bool")},
     }.items():  # fmt: skip
         setattr(trt, name, value)

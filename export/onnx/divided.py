@@ -72,9 +72,7 @@ def _listed() -> str:
 
 
 BODIES: Mapping[str, str] = {
-    "WindowShares": _shares(
-        "WindowShares", "WindowDecode", "q, ring, v, lengths", "window, sinks, min_context, scale"
-    ),
+    "WindowShares": _shares("WindowShares", "WindowDecode", "q, ring, v, lengths", "window, sinks, min_context, scale"),
     "BesideShares": _shares(
         "BesideShares", "BesideDecode", "q, k_all, v_all, lengths", "window, sinks, min_context, scale, kv_heads"
     ),
@@ -146,7 +144,7 @@ def divide(model: Any, slots: int) -> None:
         (out,) = node.output
 
         def put(name: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
-            place = f"{out}.{name}"
+            place = f"{outputs[0]}.{name}"
             nodes.append(helper.make_node(name, inputs, outputs, place, None, DOMAIN, **attributes, **plugin))
 
         *row, last = node.input
