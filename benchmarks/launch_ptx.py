@@ -1,6 +1,8 @@
 """Plugins' kernels on a GPU by the CUDA driver, under the launches that an engine would use.
 
-Run python benchmarks/launch_ptx.py: each tactic of local and of retrieval heads, float16, beside PyTorch in float32; prints the largest difference and the
+    python benchmarks/launch_ptx.py
+
+Each tactic of local and of retrieval heads, float16, beside PyTorch in float32; prints the largest difference and the
 median time of a step. Under a minute.
 """
 

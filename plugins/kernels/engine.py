@@ -62,7 +62,7 @@ def near_shares(
 
 @triton.jit
 def list_kept(keep, slots, lists, counts, TILE: tl.constexpr):
-    """Program (set, sequence): the slots that are kept, in order. keep: a byte each, [batch, sets, slots]; int32 lists."""
+    """Program (set, sequence): the slots that are kept, in order. keep: bytes [batch, sets, slots]; lists: int32."""
     line = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     at = line.to(tl.int64) * slots
     count = 0
@@ -104,7 +104,7 @@ def listed_shares(
 def combine_shares(
     partial, lse, like, shares, out, DIM: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr
 ):  # fmt: skip
-    """Program (query head, sequence): the weighted mean of its shares. Nobody reads ``like``: ``out`` is of its type."""
+    """Program (query head, sequence): the weighted mean of its shares. ``like`` gives ``out`` its type."""
     line = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     mean = _mean(partial, lse, line.to(tl.int64) * shares, shares, d, DIM, BLOCK_D, STEP)
