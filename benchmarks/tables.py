@@ -174,7 +174,7 @@ def onnx(result: Mapping[str, Any]) -> str:
             f"{row['step_s'] * 1e3:.0f} ms",
             f"{row['quartiles_s'][0] * 1e3:.0f} to {row['quartiles_s'][1] * 1e3:.0f} ms",
             f"{row['kv_bytes'] / 2**20:.1f} MiB",
-            f"{row['export']['cpu_seconds']:.0f} s, {row['export']['seconds']:.0f} s by the clock",
+            f"{row['export']['seconds']:.0f} s",
             f"{row['export']['peak_bytes'] / 2**30:.2f} GiB",
         ]
         for name, row in result["rows"].items()
@@ -186,9 +186,9 @@ def onnx(result: Mapping[str, Any]) -> str:
         f"equal, largest error relative to a row's largest logit {max(same['prefill'], same['decode']):.1e}."
     )
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "onnxruntime"))
-    made = (
-        f"{result['context']:,} tokens, {result['dtype']}, CPU, {result['threads']} threads, load {result['load']:.1f}"
-    )
+    made = f"{result['context']:,} tokens, {result['dtype']}, CPU, {result['threads']} threads"
+    if "load" in result:
+        made += f", where {result['load']:.0f} processes wanted a core"
     note = f"Decode {result['ratio']:.2f} times as fast. {parity} {made}; {versions}: `{result['command']}`."
     return "\n".join([*_markdown(head, rows, 1), "", note])
 

@@ -48,6 +48,11 @@ class Profile:
     batch: tuple[int, int, int] = (1, 1, 4)
     rows: tuple[int, int, int] = (1, 256, 512)
 
+    def within(self, slots: int) -> Profile:
+        """The same with no call of more rows than a sequence can hold, which TensorRT refuses."""
+        least, usual, most = (min(size, slots) for size in self.rows)
+        return Profile(self.batch, (least, usual, most))
+
 
 @dataclass(frozen=True)
 class Options:
@@ -141,6 +146,7 @@ def export_tensorrt(
     check_packages()
     plan, profile, options = read_plan(artifact), profile or Profile(), options or Options()
     plugins = name == "tensorrt" if plugins is None else plugins
+    profile = profile.within(slots)
     check_exportable(plan)
     if name == "rtx" and (asked := options.asked):
         raise UsageError(f"TensorRT-RTX has no {asked[0]} where there is no GPU: leave it, or use --trt tensorrt")

@@ -58,7 +58,7 @@ def _creator(trt: ModuleType, operator: Operator, uses: list[Use]) -> Any:
     types |= {trt.DataType.INT32: "int32", trt.DataType.INT64: "int64", trt.DataType.BOOL: "bool"}
     names = {name: kind for kind, name in types.items()}
 
-    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[name-defined,misc]
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[name-defined]
         def __init__(self, attributes: dict[str, Any]) -> None:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
                 base.__init__(self)
@@ -132,7 +132,7 @@ def _creator(trt: ModuleType, operator: Operator, uses: list[Use]) -> Any:
             how = operator.launch(shapes, self.attributes)
             launch(kernel, read, how.integers, written, how.grid, stream)
 
-    class Creator(trt.IPluginCreatorV3One):  # type: ignore[name-defined,misc]
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_namespace, self.plugin_version = operator.name, NAMESPACE, "1"
