@@ -9,6 +9,7 @@ indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and afte
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
 cheaper   the same: HISA and MISA
 kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the fastest dense kernel
+engines   engines-demo.json, what benchmarks/engines.py wrote: TensorRT-RTX, built with no GPU
 onnx      onnx-demo.json, what benchmarks/onnx_speed.py wrote: ONNX Runtime, the artifact beside the dense model
 routing   routing-demo.json, what benchmarks/routing.py wrote: forecasting, skipping, dropping, chance
 """
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 from blocks import documents, main  # noqa: E402  a script's folder, not a package
 
+SHOWN = ("PLUGIN_V3", "KV_CACHE_UPDATE", "TOPK")  # kinds of layers that a table names
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -193,6 +195,24 @@ def onnx(result: Mapping[str, Any]) -> str:
     return "\n".join([*_markdown(head, rows, 1), "", note])
 
 
+def engines(result: Mapping[str, Any]) -> str:
+    """The result of benchmarks/engines.py as Markdown: each engine beside the weights, its layers and plugins."""
+    weights = result["weights_bytes"]
+    rows = []
+    for name, row in result["rows"].items():
+        layers = ", ".join(f"{count} {kind}" for kind, count in row["layers"].items() if kind in SHOWN)
+        size = f"{row['bytes'] / 2**20:.0f} MiB ({row['bytes'] / weights - 1:+.1%})"
+        rows.append([name, size, f"{row['seconds']:.0f} s", f"{sum(row['layers'].values()):,}", layers or "none"])
+    kinds = sorted({each["name"] for each in result["plugins"]})
+    known = ", ".join(str(each) for each in result["compute_capabilities"])
+    made = (
+        f"Weights {weights / 2**20:.0f} MiB, {result['dtype']}, {result['slots']:,} slots, compute capabilities "
+        f"{known}; plugins: {', '.join(kinds)}. TensorRT-RTX {result['versions']['tensorrt_rtx']}, no GPU: "
+        f"`{result['command']}`."
+    )
+    return "\n".join([*_markdown(["engine", "size", "built in", "layers", "of them"], rows, 1), "", made])
+
+
 def _answers(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['accuracy']:.1%}", f"{row['nats']:.4f} ± {row['error']:.4f}"]
 
@@ -219,6 +239,11 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
     "routing": ("routing-demo", "python benchmarks/routing.py quality && make docs", routing),
     "onnx": ("onnx-demo", "python benchmarks/onnx_speed.py out/demo -o benchmarks/results/onnx-demo.json", onnx),
+    "engines": (
+        "engines-demo",
+        "python benchmarks/engines.py out/demo -o benchmarks/results/engines-demo.json",
+        engines,
+    ),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
 }
 
