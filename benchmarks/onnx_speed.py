@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -45,8 +46,9 @@ def export(artifact: Path, folder: Path, system: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_graphs(model, folder, source={}, dtype="float32")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": time.monotonic() - began, "peak_bytes": peak}))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    took = {"seconds": time.monotonic() - began, "cpu_seconds": used.ru_utime + used.ru_stime}
+    print(json.dumps({**took, "peak_bytes": used.ru_maxrss * 1024}))
 
 
 def timed(runner: OnnxModel, token: int, steps: int) -> list[float]:
@@ -115,6 +117,7 @@ def main() -> None:
         "context": options.context,
         "dtype": "float32",
         "threads": options.threads,
+        "load": os.getloadavg()[2],  # processes that want a core, over 15 minutes: what else the machine did
         "steps": options.steps * TURNS,
         "plan": plan.digest,
         "passes": [each.name for each in plan.passes],

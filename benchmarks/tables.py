@@ -10,6 +10,8 @@ sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA m
 cheaper   the same: HISA and MISA
 kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the fastest dense kernel
 gate      gate-demo.json, what benchmarks/release_gate.py wrote: what verify takes, and what it catches
+engines   engines-demo.json, what benchmarks/engines.py wrote: TensorRT-RTX, built with no GPU
+onnx      onnx-demo.json, what benchmarks/onnx_speed.py wrote: ONNX Runtime, the artifact beside the dense model
 routing   routing-demo.json, what benchmarks/routing.py wrote: forecasting, skipping, dropping, chance
 """
 
@@ -28,6 +30,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 from blocks import documents, main  # noqa: E402  a script's folder, not a package
 
+SHOWN = ("PLUGIN_V3", "KV_CACHE_UPDATE", "TOPK")  # kinds of layers that a table names
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -205,6 +208,51 @@ def _counted(checks: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in checks.items())
 
 
+def onnx(result: Mapping[str, Any]) -> str:
+    """The result of benchmarks/onnx_speed.py as Markdown: the artifact and the dense model, exported the same way."""
+    rows = [
+        [
+            name,
+            f"{row['step_s'] * 1e3:.0f} ms",
+            f"{row['quartiles_s'][0] * 1e3:.0f} to {row['quartiles_s'][1] * 1e3:.0f} ms",
+            f"{row['kv_bytes'] / 2**20:.1f} MiB",
+            f"{row['export']['seconds']:.0f} s",
+            f"{row['export']['peak_bytes'] / 2**30:.2f} GiB",
+        ]
+        for name, row in result["rows"].items()
+    ]
+    head = ["", "a token", "quartiles", "stores", "export", "its peak memory"]
+    same = result["parity"]
+    parity = (
+        f"Against PyTorch behind {same['prompt']:,} tokens, {same['steps']} steps: {same['same']:.1%} of greedy tokens "
+        f"equal, largest error relative to a row's largest logit {max(same['prefill'], same['decode']):.1e}."
+    )
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "onnxruntime"))
+    made = f"{result['context']:,} tokens, {result['dtype']}, CPU, {result['threads']} threads"
+    if "load" in result:
+        made += f", where {result['load']:.0f} processes wanted a core"
+    note = f"Decode {result['ratio']:.2f} times as fast. {parity} {made}; {versions}: `{result['command']}`."
+    return "\n".join([*_markdown(head, rows, 1), "", note])
+
+
+def engines(result: Mapping[str, Any]) -> str:
+    """The result of benchmarks/engines.py as Markdown: each engine beside the weights, its layers and plugins."""
+    weights = result["weights_bytes"]
+    rows = []
+    for name, row in result["rows"].items():
+        layers = ", ".join(f"{count} {kind}" for kind, count in row["layers"].items() if kind in SHOWN)
+        size = f"{row['bytes'] / 2**20:.0f} MiB ({row['bytes'] / weights - 1:+.1%})"
+        rows.append([name, size, f"{row['seconds']:.0f} s", f"{sum(row['layers'].values()):,}", layers or "none"])
+    kinds = sorted({each["name"] for each in result["plugins"]})
+    known = ", ".join(str(each) for each in result["compute_capabilities"])
+    made = (
+        f"Weights {weights / 2**20:.0f} MiB, {result['dtype']}, {result['slots']:,} slots, compute capabilities "
+        f"{known}; plugins: {', '.join(kinds)}. TensorRT-RTX {result['versions']['tensorrt_rtx']}, no GPU: "
+        f"`{result['command']}`."
+    )
+    return "\n".join([*_markdown(["engine", "size", "built in", "layers", "of them"], rows, 1), "", made])
+
+
 def _answers(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['accuracy']:.1%}", f"{row['nats']:.4f} ± {row['error']:.4f}"]
 
@@ -231,6 +279,12 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
     "gate": ("gate-demo", "python benchmarks/release_gate.py out/demo && make docs", gate),
     "routing": ("routing-demo", "python benchmarks/routing.py quality && make docs", routing),
+    "onnx": ("onnx-demo", "python benchmarks/onnx_speed.py out/demo -o benchmarks/results/onnx-demo.json", onnx),
+    "engines": (
+        "engines-demo",
+        "python benchmarks/engines.py out/demo -o benchmarks/results/engines-demo.json",
+        engines,
+    ),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
 }
 

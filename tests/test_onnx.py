@@ -225,6 +225,8 @@ def test_commands_export_generate_and_diagnose(cli: Callable[..., Any], tiny_art
 
 def test_a_wrong_call_is_one_line(cli: Callable[..., Any], tiny_artifact: Path) -> None:
     assert cli("export", tiny_artifact, "--to", "onxn").status == 2
+    never = cli("compile", "demo", "--passes", "window", "-o", tiny_artifact / "new", "--export", "onxn")
+    assert (never.status, "--export onxn: there is none of that name" in never.line) == (2, True)
     assert cli("export", tiny_artifact, "--to", "onnx", "--dtype", "int8").status == 2
     assert cli("export", tiny_artifact.parent, "--to", "onnx").status == 1
     wrong = cli("generate", tiny_artifact, "abc", "--engine", "onnx", "--dense")

@@ -12,7 +12,7 @@ import torch
 
 from sparsec.compiler.diagnosis import diagnosis
 from sparsec.errors import UsageError
-from sparsec.export.tensorrt import RTX_CAPABILITIES, export_tensorrt, flavour_of
+from sparsec.export.tensorrt import RTX_CAPABILITIES, Options, export_tensorrt, flavour_of
 
 RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 needs_rtx = pytest.mark.skipif(not RTX, reason="TensorRT-RTX is not installed: pip install '.[tensorrt-rtx]'")
@@ -30,16 +30,38 @@ def test_what_rtx_cannot_be_built_for_is_refused_before_the_work(tiny_artifact: 
         export_tensorrt(tiny_artifact, flavour="rtx", slots=64, capabilities=(89, 90))
     with pytest.raises(UsageError, match="ranks 3840 tokens at most, not 4096"):
         export_tensorrt(tiny_artifact, flavour="rtx", slots=4096)
+    with pytest.raises(UsageError, match="has no strip where there is no GPU"):
+        export_tensorrt(tiny_artifact, flavour="rtx", slots=64, options=Options(strip=True))
 
 
 @needs_rtx
 @pytest.mark.slow
-def test_engines_are_built_and_say_where_they_load(tiny_artifact: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plugins", [False, True])
+def test_engines_are_built_and_say_where_they_load(plugins: bool, tiny_artifact: Path, tmp_path: Path) -> None:
     artifact = tmp_path / "tiny"
     shutil.copytree(tiny_artifact, artifact)
-    made: dict[str, Any] = export_tensorrt(artifact, flavour="rtx", slots=64)
+    made: dict[str, Any] = export_tensorrt(artifact, flavour="rtx", slots=64, plugins=plugins)
     assert made["compute_capabilities"] == list(RTX_CAPABILITIES)
-    assert set(made["files"]) == {"prefill.engine", "decode.engine"}
+    assert {name for name in made["files"] if name.endswith(".engine")} == {"prefill.engine", "decode.engine"}
     assert made["layers"]["decode"]["KV_CACHE_UPDATE"] > 0
+    assert (made["layers"]["decode"].get("PLUGIN_V3", 0) > 0) == plugins
+    assert bool(made["plugins"]) == plugins
+    for plugin in made["plugins"]:
+        assert {each["sha256"] for each in plugin["ptx"].values()} <= set(made["files"].values())
     why = diagnosis(artifact)["exports"]["tensorrt"]["why"]
     assert torch.cuda.is_available() or why == "there is no GPU to run it on"
+
+
+@pytest.mark.tensorrt
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt") is None or not torch.cuda.is_available(), reason="needs TensorRT and a GPU"
+)
+def test_engines_with_plugins_are_built_on_a_gpu(tiny_artifact: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "tiny"
+    shutil.copytree(tiny_artifact, artifact)
+    times = tmp_path / "times"
+    made = export_tensorrt(artifact, flavour="tensorrt", slots=64, options=Options(timing_cache=times, refit=True))
+    assert made["options"] == ["timing_cache", "refit"]
+    assert times.stat().st_size > 0
+    assert made["layers"]["decode"]["PLUGIN_V3"] > 0
+    assert diagnosis(artifact)["exports"]["tensorrt"]["loads"]

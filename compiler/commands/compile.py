@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import sparsec
-from sparsec.compiler.commands.options import HELP, cache_dir, device_options
+from sparsec.compiler.commands.options import HELP, cache_dir, device_options, names
+from sparsec.compiler.exports import RUNTIMES, check, export, export_lines
 from sparsec.errors import UsageError
 from sparsec.events import silent
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of everything random.  [default: 0]")
 @device_options
+@click.option("--export", "exports", metavar="TARGETS", help="Then also sparsec export --to onnx, tensorrt, or both.")
 @click.option("--force", is_flag=True, help="Move a folder that is not ours aside instead of refusing.")
 @click.option("--dry-run", is_flag=True, help="Print stages, order, expected time, memory and files; compute nothing.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
@@ -52,6 +54,7 @@ def compile_command(
     seed: int | None,
     device: str,
     dtype: str,
+    exports: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -112,6 +115,8 @@ def compile_command(
     if out is None and not dry_run:
         raise UsageError("no output folder: give -o DIR, or --dry-run to see what would happen")
 
+    targets = names("--export", exports, RUNTIMES) if exports else []
+    check(targets)
     if dry_run:
         from sparsec.compiler.dry_run import expect
         from sparsec.compiler.source import open_source, weight_files
@@ -136,6 +141,7 @@ def compile_command(
         outcome = compile_model(job)
     if not outcome.written:
         return
+    exported = export(out, targets)
     if as_json:
         result = {
             "out": str(out),
@@ -143,12 +149,13 @@ def compile_command(
             "seconds": dict(outcome.seconds),
             "gate": outcome.measurements["gate"],
             "pattern": outcome.plan.pattern,
+            **({"exports": exported} if exported else {}),
         }
         click.echo(json.dumps(result, indent=2))
     else:
         from sparsec.compiler.explain import outcome_text
 
-        click.echo(outcome_text(outcome))
+        click.echo("\n".join([outcome_text(outcome), *export_lines(out, exported)]))
 
 
 def _expected_text(expected: dict[str, Any]) -> str:

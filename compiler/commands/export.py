@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from sparsec.compiler.commands.options import HELP, names
+from sparsec.compiler.exports import RUNTIMES
 from sparsec.errors import UsageError
 
 if TYPE_CHECKING:
     from sparsec.export.tensorrt import Flavour
 
-RUNTIMES = ["onnx", "tensorrt"]
 TRT = "Flavour of TensorRT: for RTX GPUs, built without one, or for data-centre GPUs, built on one."
 
 
@@ -26,9 +26,21 @@ TRT = "Flavour of TensorRT: for RTX GPUs, built without one, or for data-centre 
 @click.option("--dtype", default="float32", show_default=True, help="Of graphs: float32, float16 or bfloat16.")
 @click.option("--trt", default="auto", show_default=True, type=click.Choice(["auto", "rtx", "tensorrt"]), help=TRT)
 @click.option("--slots", default=2048, show_default=True, type=click.IntRange(min=16), help="TensorRT: tokens held.")
+@click.option(
+    "--plugins/--no-plugins",
+    default=None,
+    help="TensorRT: decode attention by Triton's kernels; not with RTX by default.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The manifests of graphs and engines as JSON.")
 def export_command(
-    artifact: Path, target: str, out: Path | None, dtype: str, trt: Flavour, slots: int, as_json: bool
+    artifact: Path,
+    target: str,
+    out: Path | None,
+    dtype: str,
+    trt: Flavour,
+    slots: int,
+    plugins: bool | None,
+    as_json: bool,
 ) -> None:
     """Write graphs or engines into ARTIFACT, or its head split or sharing pattern as another engine reads it."""
     from sparsec.export.dialects import DIALECTS
@@ -44,7 +56,7 @@ def export_command(
         if out is not None:
             raise UsageError(f"--to {target} writes into the artifact: leave -o out")
         began = time.monotonic()
-        made = export(artifact, targets, dtype=dtype, trt=trt, slots=slots)
+        made = export(artifact, targets, dtype=dtype, trt=trt, slots=slots, plugins=plugins)
         click.echo(json.dumps(made, indent=2) if as_json else export_text(artifact, made, time.monotonic() - began))
         return
     from sparsec.export.dialects.files import write_files

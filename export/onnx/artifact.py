@@ -78,11 +78,13 @@ def write_graphs(
     source: Mapping[str, Any],
     dtype: str,
     slots: int | None = None,
+    plugins: bool = False,
     listen: Listener = silent,
 ) -> dict[str, Any]:
     """Both graphs, their weights and ``export.json`` of a model that runs a plan, into an empty folder.
 
-    ``slots``: as in :func:`~sparsec.export.onnx.graph.trace`.
+    ``slots``: as in :func:`~sparsec.export.onnx.graph.trace`; ``plugins``, where there are slots: decode attention is
+    divided into the operators that are plugins of TensorRT.
     """
     from sparsec.export.onnx import files, graph
     from sparsec.export.onnx.functions import DOMAIN, IR, OPSET, VERSION
@@ -109,7 +111,13 @@ def write_graphs(
                     f"{plan.model.model_type} cannot be traced with torch {torch.__version__} ({reason}): "
                     "run it in PyTorch"
                 ) from error
-            proto = files.write_graph(program, folder / f"{kind}.onnx", weights, {**facts, "graph": kind})
+            proto = files.write_graph(
+                program,
+                folder / f"{kind}.onnx",
+                weights,
+                {**facts, "graph": kind},
+                slots if plugins and kind == "decode" else None,
+            )
             signature[kind] = {side: _values(getattr(proto.graph, side)) for side in ("input", "output")}
             operators[kind] = sorted(function.name for function in proto.functions)
             del program, proto

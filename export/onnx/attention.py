@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsec.export.onnx.functions import DOMAIN, VERSION
 from sparsec.plan import Plan, Window
+from sparsec.plugins.ahead import NAMESPACE
 from sparsec.plugins.attention import LayerRuntime, as_selector_sees
 from sparsec.plugins.families import native_local_layers
 
@@ -83,7 +84,7 @@ def node(name: str, inputs: Sequence[Tensor], shape: Sequence[Any], dtype: torch
     found: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{name}",
         inputs,
-        attrs={**attributes, "plugin_namespace": DOMAIN, "plugin_version": str(VERSION)},
+        attrs={**attributes, "plugin_namespace": NAMESPACE, "plugin_version": str(VERSION)},
         dtype=dtype,
         shape=shape,
         version=VERSION,

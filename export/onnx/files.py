@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from sparsec.export.onnx.divided import divide
 from sparsec.export.onnx.functions import DOMAIN, IR, OPSET, VERSION, with_functions
 
 Kind = Literal["prefill", "decode"]
@@ -32,13 +33,16 @@ class Weights:
         return self.places[key]
 
 
-def write_graph(program: Any, path: Path, weights: Weights, facts: dict[str, str]) -> Any:
+def write_graph(
+    program: Any, path: Path, weights: Weights, facts: dict[str, str], plugin_slots: int | None = None
+) -> Any:
     """One traced graph, with the bodies of our operators; checked.
 
     Args:
         program: of :func:`~sparsec.export.onnx.graph.trace`; its weights are let go.
         path: the file; the weights lie beside it as :data:`WEIGHTS`.
         facts: go into ``metadata_props``.
+        plugin_slots: divide decode attention into the operators that are plugins, for so many slots.
 
     Returns:
         the ``onnx.ModelProto`` without weights.
@@ -73,6 +77,8 @@ def write_graph(program: Any, path: Path, weights: Weights, facts: dict[str, str
     for key, text in facts.items():
         proto.metadata_props.add(key=key, value=text)
     with_functions(proto)
+    if plugin_slots is not None:
+        divide(proto, plugin_slots)
     weights.file.flush()
     path.write_bytes(proto.SerializeToString())
     return proto

@@ -10,6 +10,7 @@ compute is garbage. Softmax is float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -346,9 +347,9 @@ SelectBlocks <top_p, sinks, recent, min_keep, min_context, block> (queries, inde
     forced_b = ReduceMax <keepdims = 0> (in_blocks_f, minus_l)
     forced = Greater (forced_b, no_weight)
     least_s = Constant <value_int: int = @min_keep> ()
-    least_a = Add (least_s, block_s)
+    least_o = Add (least_s, block_s)
     one_k = Constant <value_int = 1> ()
-    least_b = Sub (least_a, one_k)
+    least_b = Sub (least_o, one_k)
     least_c = Div (least_b, block_s)
     least = Unsqueeze (least_c, axes_z)
     {_TOP_P}
@@ -426,13 +427,16 @@ ChosenDecode <kv_heads, scale> (q, k_all, v_all, keep) => (out) {{
 }
 
 
-@cache
-def function(name: str) -> onnx.FunctionProto:
+def function(name: str, bodies: Mapping[str, str] = FUNCTIONS) -> onnx.FunctionProto:
     """The function of an operator of ours, checked by onnx's parser."""
+    return _parsed(bodies[name])
+
+
+@cache
+def _parsed(body: str) -> onnx.FunctionProto:
     from onnx import parser
 
-    text = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>{FUNCTIONS[name]}'
-    return parser.parse_function(text)
+    return parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>{body}')
 
 
 def with_functions(model: Any) -> None:

@@ -54,6 +54,74 @@ def _leave(acc, total, top, head, b, share, layer_heads, most, d, wide, partial,
 
 
 @triton.jit
+def _near(
+    query, k_at, v_at, n, share, shares, ring, row, wide,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MIN_CONTEXT: tl.constexpr, RING: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A share of the sinks and the window of n tokens, which lie in a ring or by token number."""
+    count = tl.where(n <= MIN_CONTEXT, n, tl.minimum(n, SINKS + WINDOW))
+    straight = tl.where(count == n, n, SINKS)  # so many of the keys are tokens 0, 1, …; the others end at the newest
+    each = tl.cdiv(tl.cdiv(count, shares), BLOCK_N) * BLOCK_N
+    start = share * each
+    stop = tl.minimum(start + each, count)
+    acc = tl.zeros([16, BLOCK_D], tl.float32)
+    total = tl.zeros([16], tl.float32)
+    top = tl.full([16], float("-inf"), tl.float32)
+    for first in tl.range(start, stop, BLOCK_N):
+        i = first + tl.arange(0, BLOCK_N)
+        token = tl.where(i < straight, i, n - count + i)
+        slot = token
+        if RING > 0:
+            slot = tl.where((token < SINKS) | (ring == 0), token, SINKS + (token - SINKS) % RING)
+        acc, total, top = _tile(acc, total, top, query, k_at, v_at, slot, i < stop, row, row, wide, SCALE)
+    return acc, total, top
+
+
+@triton.jit
+def _listed(
+    query, k_at, v_at, mine, keys, n, share, shares, k_row, v_row, wide,
+    SCALE: tl.constexpr, ITEM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A share of the ``keys`` in the items that a list names."""
+    each = tl.cdiv(tl.cdiv(keys, shares), BLOCK_N) * BLOCK_N
+    start = share * each
+    stop = tl.minimum(start + each, keys)
+    acc = tl.zeros([16, BLOCK_D], tl.float32)
+    total = tl.zeros([16], tl.float32)
+    top = tl.full([16], float("-inf"), tl.float32)
+    for at in tl.range(start, stop, BLOCK_N):
+        i = at + tl.arange(0, BLOCK_N)
+        if ITEM % BLOCK_N == 0:  # one block holds the tile: its keys lie side by side
+            slot = tl.load(mine + at // ITEM) * ITEM + at % ITEM + tl.arange(0, BLOCK_N)
+        else:
+            slot = tl.load(mine + i // ITEM, mask=i < stop, other=0) * ITEM + i % ITEM
+        valid = (i < stop) & (slot < n)
+        acc, total, top = _tile(acc, total, top, query, k_at, v_at, slot, valid, k_row, v_row, wide, SCALE)
+    return acc, total, top
+
+
+@triton.jit
+def _mean(partial, lse, row, count, d, DIM: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr):
+    """The weighted mean of the ``count`` shares of one head that begin at ``row``, [BLOCK_D]."""
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    total = tl.zeros([STEP], tl.float32)
+    top = tl.full([STEP], float("-inf"), tl.float32)
+    for start in tl.range(0, count, STEP):
+        i = start + tl.arange(0, STEP)
+        top = tl.maximum(top, tl.load(lse + row + i, mask=i < count, other=float("-inf")))
+    most_of_all = tl.max(top, 0)
+    for start in tl.range(0, count, STEP):
+        i = start + tl.arange(0, STEP)
+        weight = tl.exp2(tl.load(lse + row + i, mask=i < count, other=float("-inf")) - most_of_all)
+        at = partial + (row + i)[:, None] * DIM + d[None, :]
+        part = tl.load(at, mask=(weight > 0.0)[:, None] & (d < DIM)[None, :], other=0.0)
+        acc += tl.sum(part * weight[:, None], 0)
+        total += weight
+    return acc / tl.sum(total, 0)
+
+
+@triton.jit
 def _window_decode(
     q, near_k, near_v, far_k, far_v, lengths, heads, kv_heads, near_groups,
     q_batch, q_head, near_batch, near_head, near_row, far_batch, far_head, far_row, layer_heads, shares, most,
@@ -76,23 +144,10 @@ def _window_decode(
         at = b.to(tl.int64) * far_batch + kv * far_head
         k_at, v_at = far_k + at, far_v + at
     row = tl.where(near, near_row, far_row)
-    count = tl.where(n <= MIN_CONTEXT, n, tl.minimum(n, SINKS + WINDOW))
-    straight = tl.where(count == n, n, SINKS)  # so many of the keys are tokens 0, 1, …; the others end at the newest
-    each = tl.cdiv(tl.cdiv(count, shares), BLOCK_N) * BLOCK_N
-    start = share * each
-    stop = tl.minimum(start + each, count)
-    acc = tl.zeros([16, BLOCK_D], tl.float32)
-    total = tl.zeros([16], tl.float32)
-    top = tl.full([16], float("-inf"), tl.float32)
-    for first in tl.range(start, stop, BLOCK_N):
-        i = first + tl.arange(0, BLOCK_N)
-        token = tl.where(i < straight, i, n - count + i)
-        slot = token
-        if RING > 0:
-            slot = tl.where((token < SINKS) | (near == 0), token, SINKS + (token - SINKS) % RING)
-        acc, total, top = _tile(
-            acc, total, top, query, k_at + d[:, None], v_at + d[None, :], slot, i < stop, row, row, wide, SCALE
-        )
+    acc, total, top = _near(
+        query, k_at + d[:, None], v_at + d[None, :], n, share, shares, near, row, wide,
+        SCALE, WINDOW, SINKS, MIN_CONTEXT, RING, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
     _leave(acc, total, top, head, b, share, layer_heads, most, d, wide, partial, lse, DIM)
 
 
@@ -163,26 +218,15 @@ def _listed_decode(
     kv = tl.load(kv_heads + group).to(tl.int64)
     line = (b * all_sets + tl.load(sets + group)).to(tl.int64)
     keys = tl.load(counts + line) * ITEM
-    each = tl.cdiv(tl.cdiv(keys, tl.num_programs(0)), BLOCK_N) * BLOCK_N
-    start = share * each
-    stop = tl.minimum(start + each, keys)
     mine = lists + line * items
     d = tl.arange(0, BLOCK_D)
     wide = d < DIM
     query, head = _queries(q, q_batch, q_head, heads, group, b.to(tl.int64), d, wide)
     k_at = k + b.to(tl.int64) * k_batch + kv * k_head + d[:, None]
     v_at = v + b.to(tl.int64) * v_batch + kv * v_head + d[None, :]
-    acc = tl.zeros([16, BLOCK_D], tl.float32)
-    total = tl.zeros([16], tl.float32)
-    top = tl.full([16], float("-inf"), tl.float32)
-    for at in tl.range(start, stop, BLOCK_N):
-        i = at + tl.arange(0, BLOCK_N)
-        if ITEM % BLOCK_N == 0:  # one block holds the tile: its keys lie side by side
-            slot = tl.load(mine + at // ITEM) * ITEM + at % ITEM + tl.arange(0, BLOCK_N)
-        else:
-            slot = tl.load(mine + i // ITEM, mask=i < stop, other=0) * ITEM + i % ITEM
-        valid = (i < stop) & (slot < n)
-        acc, total, top = _tile(acc, total, top, query, k_at, v_at, slot, valid, k_row, v_row, wide, SCALE)
+    acc, total, top = _listed(
+        query, k_at, v_at, mine, keys, n, share, tl.num_programs(0), k_row, v_row, wide, SCALE, ITEM, BLOCK_D, BLOCK_N
+    )
     _leave(acc, total, top, head, b, share, layer_heads, most, d, wide, partial, lse, DIM)
 
 
@@ -196,22 +240,9 @@ def _combine(
     row = (b * layer_heads + head).to(tl.int64) * most
     count = tl.load(shares + head)
     d = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    total = tl.zeros([STEP], tl.float32)
-    top = tl.full([STEP], float("-inf"), tl.float32)
-    for start in tl.range(0, count, STEP):
-        i = start + tl.arange(0, STEP)
-        top = tl.maximum(top, tl.load(lse + row + i, mask=i < count, other=float("-inf")))
-    most_of_all = tl.max(top, 0)
-    for start in tl.range(0, count, STEP):
-        i = start + tl.arange(0, STEP)
-        weight = tl.exp2(tl.load(lse + row + i, mask=i < count, other=float("-inf")) - most_of_all)
-        at = partial + (row + i)[:, None] * DIM + d[None, :]
-        part = tl.load(at, mask=(weight > 0.0)[:, None] & (d < DIM)[None, :], other=0.0)
-        acc += tl.sum(part * weight[:, None], 0)
-        total += weight
+    mean = _mean(partial, lse, row, count, d, DIM, BLOCK_D, STEP)
     at = out + b.to(tl.int64) * o_batch + head.to(tl.int64) * o_head + d
-    tl.store(at, (acc / tl.sum(total, 0)).to(out.dtype.element_ty), mask=d < DIM)
+    tl.store(at, mean.to(out.dtype.element_ty), mask=d < DIM)
     tl.store(lengths + b, tl.load(lengths + b) + 1, mask=(head == 0) & (count_it != 0))
 
 

@@ -1,0 +1,111 @@
+"""Decode attention as kernels of an engine: compiled ahead of time, launched by TensorRT without Python.
+
+The same steps as in :mod:`sparsec.plugins.kernels.decode`, in the order of parameters that TensorRT's ahead-of-time
+plugins want: inputs, integers, outputs. Tensors are dense in memory. Instead of tables, query heads are equal runs on
+the KV heads that ``KV_HEADS`` names: run r, GROUP heads, reads KV head KV_HEADS[r]. ``lengths`` are int64, as in the
+graphs, and count the tokens before the row's own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparsec.plugins.kernels.decode import _leave, _listed, _mean, _near
+
+
+@triton.jit
+def _run(q, group, b, heads, d, wide, GROUP: tl.constexpr, DIM: tl.constexpr):
+    """The queries of a program's group, [16, BLOCK_D], its heads, [16], -1: no head, and the run that they are of."""
+    parts = (GROUP + 15) // 16
+    m = group % parts * 16 + tl.arange(0, 16)
+    run = group // parts
+    head = tl.where(m < GROUP, run * GROUP + m, -1)
+    at = q + (b * heads + head).to(tl.int64)[:, None] * DIM + d[None, :]
+    return tl.load(at, mask=(head >= 0)[:, None] & wide[None, :], other=0.0), head, run
+
+
+@triton.jit
+def _store_of(run, b, stores, slots, KV_HEADS: tl.constexpr, DIM: tl.constexpr):
+    """Where the keys of a run begin."""
+    kv = run * 0
+    for r in tl.static_range(len(KV_HEADS)):
+        kv = tl.where(run == r, KV_HEADS[r], kv)
+    return (b * stores + kv).to(tl.int64) * slots * DIM
+
+
+@triton.jit
+def near_shares(
+    q, k, v, lengths,
+    heads, stores, slots,
+    partial, lse,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MIN_CONTEXT: tl.constexpr, RING: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (share of the keys, group, sequence) of local heads. RING 0: token n is in slot n.
+
+    q: [batch, heads, 1, DIM]; k, v: [batch, stores, slots, DIM]; partial, lse: float32 [batch, heads, shares, DIM] and
+    [batch, heads, shares].
+    """
+    share, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tl.load(lengths + b).to(tl.int32) + 1
+    d = tl.arange(0, BLOCK_D)
+    wide = d < DIM
+    query, head, run = _run(q, group, b, heads, d, wide, GROUP, DIM)
+    at = _store_of(run, b, stores, slots, KV_HEADS, DIM)
+    acc, total, top = _near(
+        query, k + at + d[:, None], v + at + d[None, :], n, share, tl.num_programs(0), 1, DIM, wide,
+        SCALE, WINDOW, SINKS, MIN_CONTEXT, RING, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    _leave(acc, total, top, head, b, share, heads, tl.num_programs(0), d, wide, partial, lse, DIM)
+
+
+@triton.jit
+def list_kept(keep, slots, lists, counts, TILE: tl.constexpr):
+    """Program (set, sequence): the slots that are kept, in order. keep: bytes [batch, sets, slots]; lists: int32."""
+    line = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    at = line.to(tl.int64) * slots
+    count = 0
+    for start in tl.range(0, slots, TILE):
+        i = start + tl.arange(0, TILE)
+        kept = (tl.load(keep + at + i, mask=i < slots, other=0) != 0).to(tl.int32)
+        tl.store(lists + at + count + tl.cumsum(kept, 0) - 1, i, mask=kept != 0)
+        count += tl.sum(kept, 0)
+    tl.store(counts + line, count)
+
+
+@triton.jit
+def listed_shares(
+    q, k, v, lists, counts,
+    heads, stores, slots, sets,
+    partial, lse,
+    SCALE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (share of the list, group, sequence) of retrieval heads, on what :func:`list_kept` left.
+
+    A set is of one run, or the one of all.
+    """
+    share, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    d = tl.arange(0, BLOCK_D)
+    wide = d < DIM
+    query, head, run = _run(q, group, b, heads, d, wide, GROUP, DIM)
+    at = _store_of(run, b, stores, slots, KV_HEADS, DIM)
+    line = b * sets + tl.where(sets == 1, 0, run)
+    mine = lists + line.to(tl.int64) * slots
+    acc, total, top = _listed(
+        query, k + at + d[:, None], v + at + d[None, :], mine, tl.load(counts + line), slots, share,
+        tl.num_programs(0), DIM, DIM, wide, SCALE, 1, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    _leave(acc, total, top, head, b, share, heads, tl.num_programs(0), d, wide, partial, lse, DIM)
+
+
+@triton.jit
+def combine_shares(
+    partial, lse, like, shares, out, DIM: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr
+):  # fmt: skip
+    """Program (query head, sequence): the weighted mean of its shares. ``like`` gives ``out`` its type."""
+    line = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)
+    mean = _mean(partial, lse, line.to(tl.int64) * shares, shares, d, DIM, BLOCK_D, STEP)
+    tl.store(out + line.to(tl.int64) * DIM + d, mean.to(out.dtype.element_ty), mask=d < DIM)
