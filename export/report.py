@@ -34,6 +34,7 @@ from sparsec.export.patterns import sharing
 from sparsec.export.repeated import chosen_prefill, repeats
 from sparsec.export.routing import routing
 from sparsec.export.selectors import selectors
+from sparsec.export.tokens import tokens
 from sparsec.export.training import pass_costs, training
 from sparsec.export.words import (
     change,
@@ -79,6 +80,9 @@ def render_report(plan: Plan, measurements: Mapping[str, Any], manifest: Mapping
         cheaper = measured(measurements, name)
         if cheaper is not None:
             body.append(choices(name, cheaper))
+    merged = measured(measurements, "dynamic-tokenization")
+    if merged is not None:
+        body.append(tokens(merged))
     distilled = measured(measurements, "distill")
     if distilled is not None:
         body.append(training(distilled))
