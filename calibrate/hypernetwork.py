@@ -87,7 +87,7 @@ def imitate(
 @torch.no_grad()
 def _error(network: Hypernetwork, pieces: Pieces, rows: Tensor, which: Tensor) -> float:
     wrong = 0.0
-    for part in which.split(1024):
+    for part in which.tensor_split(tuple(range(1024, len(which), 1024))):
         wrong += float((network(*pieces.of(part)) - rows[part].float()).pow(2).sum())
     spread = float((rows[which].float() - rows.float().mean(0)).pow(2).sum())
     return wrong / spread

@@ -70,7 +70,7 @@ class Rows(nn.Module):
     def all(self) -> Tensor:
         """All rows, float32 [tokens, width], on the CPU."""
         every = torch.arange(len(self.own), device=self.own.device)
-        return torch.cat([self(part) for part in every.split(1024)]).cpu()
+        return torch.cat([self(part) for part in every.tensor_split(tuple(range(1024, len(every), 1024)))]).cpu()
 
 
 def distil(

@@ -46,7 +46,7 @@ def estimate(
     local = _local(parts, near[ids], own, real, padded(lengths)[0])
     if kind == "local":
         return local
-    parts_of = own.split(1024)
+    parts_of = own.tensor_split(tuple(range(1024, len(own), 1024)))
     found = torch.cat([_nearest(part, near, rows) for part in parts_of])
     return found if kind == "global" else (1 - GLOBAL_SHARE) * local + GLOBAL_SHARE * found
 

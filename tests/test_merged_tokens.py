@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache
 
 import sparsec
 from sparsec.calibrate.corpus import read_corpus
@@ -360,6 +361,19 @@ def test_prompts_are_read_merged_and_answers_are_base_tokens(artifact: Path, tin
     assert logits.shape[:2] == (2, ids.shape[1] - 40)
     assert torch.allclose(logits[0], logits[1])
     assert resident > 0
+
+
+def test_a_second_turn_goes_on_with_the_ids_of_the_first(artifact: Path) -> None:
+    model, tokenizer = sparsec.load(artifact)
+    cache = DynamicCache(config=model.config)
+    prompt = tokenizer("the value of the function is the same", return_tensors="pt")["input_ids"]
+    options = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    first = model.generate(prompt, past_key_values=cache, **options)
+    # The model writes base tokens. Read again as text they could merge, into ids that are not in the cache.
+    transcript = torch.cat([first, tokenizer(" and the type of the object", return_tensors="pt")["input_ids"]], dim=1)
+    second = model.generate(transcript, past_key_values=cache, **options)
+    assert torch.equal(second[:, : transcript.shape[1]], transcript)
+    assert cache.get_seq_length() == second.shape[1] - 1  # every id stands in it once
 
 
 def test_eval_reads_the_same_text_with_both_tokenizers(artifact: Path, cli: Any, tmp_path: Path) -> None:
