@@ -507,3 +507,24 @@ def test_heuristics_that_need_a_table_are_refused_in_a_batch(cli: Any, tiny_deep
 def test_static_plans_say_nothing_of_batches(extended: Any) -> None:
     _, plan, _ = extended
     assert set(plan.to_json()["vocabulary"]) == {"mode", "base", "merged", "rows", "width", "boundary"}
+
+
+def test_eval_and_generate_merge_by_the_batch(dynamic: Path, cli: Any, tmp_path: Path) -> None:
+    result = cli("generate", str(dynamic), "the value of the function is the same, " * 4, "--json", "--raw")
+    assert result.status == 0, result.err
+    _, tokenizer = sparsec.load(dynamic)
+    plain = tokenizer("the value of the function is the same, " * 4)["input_ids"]
+    assert json.loads(result.out)["prompt_tokens"] < len(plain)
+    few = ["--lengths", "256", "--prompts", "0", "--windows", "1", "--systems", "dense,artifact"]
+    result = cli("eval", str(dynamic), *few, "-o", str(tmp_path / "eval.json"))
+    assert result.status == 0, result.err
+    dense, own = json.loads((tmp_path / "eval.json").read_text())["cells"]
+    assert dense["bytes"] == own["bytes"]
+    assert own["kv_bytes"] < dense["kv_bytes"]
+    assert dense["bits_per_byte"] != own["bits_per_byte"]
+
+
+def test_merging_by_the_batch_is_not_exported(dynamic: Path, cli: Any) -> None:
+    result = cli("export", str(dynamic), "--to", "onnx")
+    assert result.status == 1
+    assert "vocabulary cannot be exported" in result.err
