@@ -1,12 +1,14 @@
 """Merged tokens on the demo model: what prompts lose in length and text in quality, by how embeddings are predicted.
 
-python benchmarks/merged_tokens.py --text FILE -o benchmarks/results/merged-demo.json      about 4 minutes on an H100
-python benchmarks/merged_tokens.py --text FILE --device cpu --steps 20 --windows 4 --seeds 1 -o merged.json    a trial
+python benchmarks/merged_tokens.py --text FILE -o FILE.json      about 4 minutes on an H100
+python benchmarks/merged_tokens.py --text texts/eval/anarchism.txt --device cpu --merges 1500 --length 768 --windows 6 \
+    --recalled 6 --asked 0 --imitation-steps 200 --steps 60 --batch 4 --context 256 --train-windows 400 \
+    --held-windows 8 --depth 8 -o benchmarks/results/merged-demo.json      the pass's own training, 30 minutes on a CPU
 
 Two thirds of the text train, the rest is split for choosing and for measuring; no part is in two. Every system reads
 the same windows: a prompt, merged or not, and decode rows in base tokens behind it, whose bits per byte are compared.
-``oldest dropped`` reads the unmerged prompt's last tokens, as many as the merged prompt has. Questions (kv) hide what
-is asked for anywhere in the prompt, so that dropping the oldest text can drop it.
+``oldest dropped`` reads the unmerged prompt's last tokens, as many as the merged prompt has. Where far text matters:
+``recalled`` rows are the prompt's own beginning once more, and questions (kv) hide what is asked for anywhere in it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 
 from sparsec.calibrate.corpus import Corpus, Document
-from sparsec.calibrate.hypernetwork import Pieces, embeddings, imitate, new_hypernetwork
+from sparsec.calibrate.hypernetwork import imitate, new_hypernetwork
 from sparsec.calibrate.merged_distillation import Rows, Settings, as_windows, distil
 from sparsec.calibrate.merged_embeddings import estimate
 from sparsec.calibrate.merges import Mined, mine_text, saved_share
@@ -32,41 +34,41 @@ from sparsec.calibrate.tasks import prompts, share_found
 from sparsec.compiler.source import load_model, load_tokenizer, open_source
 from sparsec.compiler.versions import versions
 from sparsec.plugins.device import device_name
+from sparsec.plugins.hypernetwork import Pieces, embeddings
 
 PART = 60_000  # characters a document: one book alone could not be split
-ROWS = 256
+ROWS = 256  # decode rows of a window of ordinary text
+RECALLED = 128  # decode rows that repeat the beginning of their prompt: dropping a fifth of 640 tokens drops them
 
 
 class Exam:
     """Windows and questions, and what a system makes of them."""
 
-    def __init__(
-        self, model: Any, calibration: Calibration, mined: Mined, length: int, windows: int, asked: int
-    ) -> None:
-        self.model, self.tokenizer, self.length = model, calibration.tokenizer, length
-        self.windows = calibration.windows("heldout", length, windows, seed=1)
-        self.asked = prompts("kv", calibration, length=length, count=asked, seed=1)
+    def __init__(self, model: Any, calibration: Calibration, mined: Mined, options: argparse.Namespace) -> None:
+        self.model, self.tokenizer = model, calibration.tokenizer
+        length, windows, recalled = options.length, options.windows, options.recalled
+        every = calibration.windows("heldout", length, windows + recalled, seed=1)
+        self.text = [(window[:-ROWS], window[-ROWS:]) for window in every[:windows]]
+        self.recalled = [(window[:-RECALLED], window[:RECALLED]) for window in every[windows:]]
+        self.asked = prompts("kv", calibration, length=length, count=options.asked, seed=1) if options.asked else []
         self.merger, self.pieces = mined.merger()
 
     @torch.no_grad()
-    def take(self, table: torch.Tensor | None, *, drop: bool = False) -> dict[str, float]:
-        """Bits per byte, share of questions answered, seconds of the windows' forwards.
+    def take(self, table: torch.Tensor | None, *, drop: bool = False) -> dict[str, Any]:
+        """Bits per byte of both kinds of windows, of each window too, and the share of questions answered.
 
         table: base and merged rows; None reads base tokens. drop: base tokens, as many as merged ones, the last.
         """
-        bits, size, seconds, positions = 0.0, 0, 0.0, 0
-        for window in self.windows:
-            prompt = self.length - ROWS
-            inputs = torch.cat([self._prompt(window[:prompt], table, drop), self._own(window[prompt:])])
-            began = time.perf_counter()
-            logits = self.model(inputs_embeds=inputs[None], logits_to_keep=ROWS, use_cache=False).logits[0]
-            loss = torch.nn.functional.cross_entropy(
-                logits[:-1].float(), window[prompt + 1 :].to(logits.device), reduction="sum"
-            )
-            bits += float(loss) / math.log(2)
-            seconds += time.perf_counter() - began
-            positions += len(inputs)
-            size += len(self.tokenizer.decode(window[prompt + 1 :]).encode())
+        made: dict[str, Any] = {}
+        for name, windows in (("text", self.text), ("recalled", self.recalled)):
+            read = [self._read(prompt, rows, table, drop) for prompt, rows in windows]
+            if read:
+                bits, size, positions = (sum(part) for part in zip(*read, strict=True))
+                made[name] = {
+                    "bits_per_byte": bits / size,
+                    "positions": positions,
+                    "windows": [one[0] / one[1] for one in read],
+                }
         found = []
         for one in self.asked:
             inputs = self._prompt(one.tokens, table, drop)[None]
@@ -75,12 +77,17 @@ class Exam:
                 inputs_embeds=inputs, attention_mask=mask, max_new_tokens=one.budget, do_sample=False, pad_token_id=0
             )
             found.append(share_found(self.tokenizer.decode(out[0], skip_special_tokens=True), one.answers))
-        return {
-            "bits_per_byte": bits / size,
-            "answered": sum(found) / max(1, len(found)),
-            "positions": positions,
-            "seconds": seconds,
-        }
+        return made | ({"answered": sum(found) / len(found)} if found else {})
+
+    def _read(
+        self, prompt: torch.Tensor, rows: torch.Tensor, table: torch.Tensor | None, drop: bool
+    ) -> tuple[float, int, int]:
+        """Bits of the rows behind the first, their bytes, and the positions of the prompt."""
+        before = self._prompt(prompt, table, drop)
+        inputs = torch.cat([before, self._own(rows)])
+        logits = self.model(inputs_embeds=inputs[None], logits_to_keep=len(rows), use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.float(), rows[1:].to(logits.device), reduction="sum")
+        return float(loss) / math.log(2), len(self.tokenizer.decode(rows[1:]).encode()), len(before)
 
     def _own(self, ids: torch.Tensor) -> torch.Tensor:
         table: torch.Tensor = self.model.get_input_embeddings().weight
@@ -108,15 +115,27 @@ def main() -> int:
     mined = mine_text(calibration, options.merges, first=len(table), boundary=options.boundary)
     mining = time.time() - started
     saved = saved_share(mined, tokenizer, [one.text for one in calibration.texts("heldout")])
-    exam = Exam(model, calibration, mined, options.length, options.windows, options.asked)
+    exam = Exam(model, calibration, mined, options)
     size = mined.base.bytes_of
     lengths = [[len(size[part] or b"") for part in parts] for parts in mined.constituents]
 
     def whole(rows: torch.Tensor) -> torch.Tensor:
         return torch.cat([table, rows.to(table)])
 
-    exam.take(None)  # warm
-    found: dict[str, Any] = {"unmerged": exam.take(None), "oldest dropped": exam.take(None, drop=True)}
+    found = {"unmerged": exam.take(None), "oldest dropped": exam.take(None, drop=True)}
+    print(found, flush=True)
+    result: dict[str, Any] = {
+        "systems": found,
+        "merges": len(mined.merges),
+        "boundary": options.boundary,
+        "heldout": saved,
+        "mined_from": mined.tokens,
+        "mining_seconds": mining,
+        "options": vars(options) | {"text": Path(options.text).name, "out": Path(options.out).name},
+        "device": device_name(torch.device(options.device)),
+        "versions": versions(),
+        "command": " ".join(["python", "benchmarks/merged_tokens.py", *sys.argv[1:]]),
+    }
     for kind in ("mean", "local", "global", "hybrid"):
         found[kind] = exam.take(whole(estimate(kind, table, mined.constituents, lengths)))
         print(kind, found[kind], flush=True)
@@ -134,30 +153,15 @@ def main() -> int:
                 merger,
                 pieces,
             )
-            for split, most in (("train", options.train_windows), ("search", 32))
+            for split, most in (("train", options.train_windows), ("search", options.held_windows))
         )
         settings = Settings(options.steps, options.batch, 5e-4, 3e-3, options.depth, seed)
         outcome = distil(model, rows, len(table), train, held, settings)
         name = f"hypernetwork, distilled, seed {seed}"
         found[name] = exam.take(whole(rows.all())) | {"checks": outcome["checks"]}
         print(name, found[name], flush=True)
-    result = {
-        "systems": found,
-        "merges": len(mined.merges),
-        "boundary": options.boundary,
-        "heldout": saved,
-        "mined_from": mined.tokens,
-        "mining_seconds": mining,
-        "length": options.length,
-        "windows": options.windows,
-        "asked": options.asked,
-        "options": vars(options) | {"text": Path(options.text).name},
-        "device": device_name(options.device),
-        "versions": versions(),
-        "seconds": time.time() - began,
-        "command": " ".join(["python", "benchmarks/merged_tokens.py", *sys.argv[1:]]),
-    }
-    Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        result["seconds"] = time.time() - began
+        Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -172,6 +176,7 @@ def _options() -> argparse.Namespace:
         ("merges", 5000),
         ("length", 2048),
         ("windows", 24),
+        ("recalled", 24),
         ("asked", 50),
         ("seeds", 3),
         ("imitation-steps", 1000),
@@ -179,6 +184,7 @@ def _options() -> argparse.Namespace:
         ("batch", 16),
         ("context", 512),
         ("train-windows", 4000),
+        ("held-windows", 32),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--depth", type=int, default=None, help="layers behind which both are compared; default: all")

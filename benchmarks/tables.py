@@ -12,6 +12,8 @@ kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the f
 gate      gate-demo.json, what benchmarks/release_gate.py wrote: what verify takes, and what it catches
 engines   engines-demo.json, what benchmarks/engines.py wrote: TensorRT-RTX, built with no GPU
 onnx      onnx-demo.json, what benchmarks/onnx_speed.py wrote: ONNX Runtime, the artifact beside the dense model
+merged    merged-demo.json, what benchmarks/merged_tokens.py wrote: quality by how embeddings are predicted
+lengths   merged-text.json, what benchmarks/merged_text.py wrote: tokens saved, speed, round trips
 routing   routing-demo.json, what benchmarks/routing.py wrote: forecasting, skipping, dropping, chance
 """
 
@@ -253,6 +255,59 @@ def engines(result: Mapping[str, Any]) -> str:
     return "\n".join([*_markdown(["engine", "size", "built in", "layers", "of them"], rows, 1), "", made])
 
 
+def merged(result: Mapping[str, Any]) -> str:
+    """Quality of merged prompts by how embeddings are predicted, of what benchmarks/merged_tokens.py found."""
+    systems = result["systems"]
+    plain = systems["unmerged"]
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for name, row in systems.items():
+        groups.setdefault(name.split(", seed ")[0], []).append(row)
+    rows = []
+    for name, found in groups.items():
+        cells = []
+        for kind in ("text", "recalled"):
+            bits = [row[kind]["bits_per_byte"] for row in found]
+            mean = sum(bits) / len(bits)
+            spread = f" ({min(bits):.4f} to {max(bits):.4f})" if len(bits) > 1 else ""
+            cells += [f"{mean:.4f}{spread}", f"{mean / plain[kind]['bits_per_byte'] - 1:+.1%}"]
+        positions = found[0]["text"]["positions"] / plain["text"]["positions"]
+        rows.append([name, f"{positions:.1%}", *cells, str(len(found))])
+    head = ["prompt read", "positions", "text", "against unmerged", "beginning recalled", "against unmerged", "seeds"]
+    options, held = result["options"], result["heldout"]
+    windows = f"{options['windows']} windows of text and {options['recalled']} of recall"
+    note = (
+        f"Bits per byte of decode rows in base tokens; {windows}, {options['length']:,} tokens each. "
+        f"{result['merges']:,} merges save {held['saved']:.1%} of the tokens of held-out text. "
+        f"{result['device']}, torch {result['versions']['torch']}: `{result['command']}`."
+    )
+    return "\n".join([*_markdown(head, rows, 1), "", note])
+
+
+def lengths(result: Mapping[str, Any]) -> str:
+    """What merges save by text and language, and what they cost, of what benchmarks/merged_text.py found."""
+    rows = []
+    found = {**result["domains"], **{k: v["merged"] for k, v in result["languages"].items() if "merged" in v}}
+    for name, one in found.items():
+        cut = [f"{one['heldout'][count]['saved']:.1%}" if count in one["heldout"] else "" for count in ("1000", "5000")]
+        known = result["languages"].get(name)
+        shape = [known["script"], f"{known['characters_a_token']:.2f}"] if known else ["", ""]
+        rows.append([name, *shape, f"{one['mined_from']:,}", *cut, f"{one['merges']:,}"])
+    head = ["text", "script", "characters a token before", "mined from", "1,000 merges", "5,000", "there were"]
+    first = next(iter(result["domains"].values()))
+    trip, speed, prompt = result["round_trip"], result["encoding"], result["prompt"]
+    broken = sum(trip["differ_from_before"].values())
+    notes = (
+        f"Tokens saved on held-out text of the same kind. {first['merges']:,} merges from {first['mined_from']:,} "
+        f"tokens take {first['mining_seconds']:.1f} s of processor time, tokenizing and trying the wider pieces before "
+        f"it {first['reading_seconds']:.1f} s. Round trip: {trip['bytes'] / 1e6:.1f} MB in {len(trip['scripts'])} "
+        f"scripts, {broken} of {trip['texts']} texts come back otherwise than from the base tokenizer. Encoding: "
+        f"{speed['speed']:.2f} times the base tokenizer's speed. A prompt of {prompt['base_positions']:,} tokens: "
+        f"{prompt['positions']:.1%} of the positions in {prompt['time']:.1%} of the time. {result['device']}, torch "
+        f"{result['versions']['torch']}: `{result['command']}`."
+    )
+    return "\n".join([*_markdown(head, rows, 2), "", notes])
+
+
 def _answers(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['accuracy']:.1%}", f"{row['nats']:.4f} ± {row['error']:.4f}"]
 
@@ -278,6 +333,12 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
     "gate": ("gate-demo", "python benchmarks/release_gate.py out/demo && make docs", gate),
+    "merged": ("merged-demo", "python benchmarks/merged_tokens.py", merged),
+    "lengths": (
+        "merged-text",
+        "python benchmarks/merged_text.py -o benchmarks/results/merged-text.json && make docs",
+        lengths,
+    ),
     "routing": ("routing-demo", "python benchmarks/routing.py quality && make docs", routing),
     "onnx": ("onnx-demo", "python benchmarks/onnx_speed.py out/demo -o benchmarks/results/onnx-demo.json", onnx),
     "engines": (

@@ -1,73 +1,22 @@
-"""A small hypernetwork: the embeddings of a merged token's pieces in, the merged token's input embedding out.
+"""Trains a model's hypernetwork (plugins/hypernetwork.py), first stage: it imitates tokens that the vocabulary has.
 
-ZeTT (arXiv 2405.07883) trains a transformer over the pieces' (input, output) embeddings for every tokenizer at once, in
-days. This one serves one base model and merges of its own tokens only. It corrects the mean of the pieces, and starts
-by imitating tokens that the vocabulary has: almost each is merged from two others, and the model knows its row (ZeTT's
-first phase; MIMICK, arXiv 1707.06961). What follows is in merged_distillation.py.
+Almost each is merged from two others, and the model knows its row (ZeTT's first phase, arXiv 2405.07883; MIMICK, arXiv
+1707.06961). What follows is in merged_distillation.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from sparsec.calibrate.merged_embeddings import padded
 from sparsec.events import Event, Listener, silent
 from sparsec.plugins.byte_level import ByteLevel
+from sparsec.plugins.hypernetwork import Hypernetwork, Pieces, embeddings
 
-LONGEST = 8  # pieces that are looked at, the last ones
 HELD = 16  # every so many-th token of the vocabulary is not imitated, but judged by
-
-
-class Hypernetwork(nn.Module):
-    """[tokens, pieces, inputs] -> [tokens, width].
-
-    Args:
-        width: dimensions of an embedding.
-        inputs: of a piece: ``width`` where the model's embeddings are tied, else twice that, input and output.
-        scale: root mean square of the base model's embedding.
-        inner: dimensions inside.
-        layers: of the transformer over the pieces.
-    """
-
-    def __init__(self, width: int, inputs: int, scale: float, inner: int = 256, layers: int = 2) -> None:
-        super().__init__()
-        self.scale = scale
-        self.enter = nn.Linear(inputs, inner)
-        self.place = nn.Parameter(torch.randn(LONGEST, inner) * 0.02)
-        layer = nn.TransformerEncoderLayer(
-            inner, inner // 64, 2 * inner, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.mix = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(inner), enable_nested_tensor=False)
-        self.leave = nn.Linear(inner, width)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
-
-    def forward(self, pieces: Tensor, real: Tensor) -> Tensor:
-        """pieces: [tokens, pieces, inputs], the input embedding first; real: bool [tokens, pieces]."""
-        width = self.leave.out_features
-        weights = real / real.sum(1, keepdim=True)
-        mean = (pieces[..., :width] * weights[..., None]).sum(1)
-        inner = self.enter(pieces / self.scale) + self.place[: pieces.shape[1]]
-        inner = self.mix(inner, src_key_padding_mask=~real)
-        out: Tensor = mean + self.scale * self.leave((inner * weights[..., None]).sum(1))
-        return out
-
-
-class Pieces:
-    """What the hypernetwork reads of tokens: their last pieces' embeddings, looked up when asked for."""
-
-    def __init__(self, constituents: Sequence[Sequence[int]], embedding: Tensor, head: Tensor, tied: bool) -> None:
-        self.ids, self.real = (part.to(embedding.device) for part in padded([c[-LONGEST:] for c in constituents]))
-        self._tables = [embedding] if tied else [embedding, head]
-
-    def of(self, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the tokens numbered ``which``: [tokens, pieces, inputs] in float32, and which are real."""
-        ids = self.ids[which]
-        return torch.cat([table[ids].float() for table in self._tables], dim=-1), self.real[which]
 
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -78,13 +27,6 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sched
         return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / max(1, steps))))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-
-def embeddings(model: object) -> tuple[Tensor, Tensor, bool]:
-    """A model's embedding, its output layer's weight, and whether they are one."""
-    table = model.get_input_embeddings().weight.detach()  # type: ignore[attr-defined]
-    head = model.get_output_embeddings().weight.detach()  # type: ignore[attr-defined]
-    return table, head, table.data_ptr() == head.data_ptr()
 
 
 def new_hypernetwork(model: object, seed: int) -> Hypernetwork:
@@ -131,7 +73,8 @@ def imitate(
     listen(Event(stage, 0, steps))
     for step in range(steps):
         which = own[torch.randint(len(own), (batch,), generator=generator).to(own.device)]
-        loss = (network(*pieces.of(which)) - table[targets[which]].float()).pow(2).mean() / network.scale**2
+        error = network(*pieces.of(which)) - table[targets[which]].float()
+        loss = error.pow(2).mean() / network.scale**2
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -144,13 +87,7 @@ def imitate(
 @torch.no_grad()
 def _error(network: Hypernetwork, pieces: Pieces, rows: Tensor, which: Tensor) -> float:
     wrong = 0.0
-    for part in which.tensor_split(range(1024, len(which), 1024)):
+    for part in which.tensor_split(tuple(range(1024, len(which), 1024))):
         wrong += float((network(*pieces.of(part)) - rows[part].float()).pow(2).sum())
     spread = float((rows[which].float() - rows.float().mean(0)).pow(2).sum())
     return wrong / spread
-
-
-def rows_of(network: Hypernetwork, pieces: Pieces, which: Tensor) -> Tensor:
-    """The network's rows for tokens numbered ``which``: float32 [tokens, width]."""
-    out: Tensor = network(*pieces.of(which))
-    return out

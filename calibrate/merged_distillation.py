@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsec.calibrate.hypernetwork import Hypernetwork, Pieces, cosine, rows_of
+from sparsec.calibrate.hypernetwork import cosine
 from sparsec.calibrate.teacher import Head
 from sparsec.events import Event, Listener, silent
+from sparsec.plugins.hypernetwork import Hypernetwork, Pieces, rows_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Rows(nn.Module):
     def all(self) -> Tensor:
         """All rows, float32 [tokens, width], on the CPU."""
         every = torch.arange(len(self.own), device=self.own.device)
-        return torch.cat([self(part) for part in every.tensor_split(range(1024, len(every), 1024))]).cpu()
+        return torch.cat([self(part) for part in every.tensor_split(tuple(range(1024, len(every), 1024)))]).cpu()
 
 
 def distil(

@@ -14,21 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparsec.plugins.hypernetwork import padded
+
 Heuristic = Literal["mean", "local", "global", "hybrid"]
 TEMPERATURE = 0.3
 NEAREST = 3
 GLOBAL_SHARE = 0.3
-
-
-def padded(constituents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Pieces as int64 [tokens, longest], padded with 0 behind, and which are real: bool, the same shape."""
-    longest = max(map(len, constituents))
-    ids = torch.zeros(len(constituents), longest, dtype=torch.long)
-    real = torch.zeros(len(constituents), longest, dtype=torch.bool)
-    for row, pieces in enumerate(constituents):
-        ids[row, : len(pieces)] = torch.tensor(pieces)
-        real[row, : len(pieces)] = True
-    return ids, real
 
 
 @torch.no_grad()
@@ -55,7 +46,7 @@ def estimate(
     local = _local(parts, near[ids], own, real, padded(lengths)[0])
     if kind == "local":
         return local
-    parts_of = own.tensor_split(range(1024, len(own), 1024))
+    parts_of = own.tensor_split(tuple(range(1024, len(own), 1024)))
     found = torch.cat([_nearest(part, near, rows) for part in parts_of])
     return found if kind == "global" else (1 - GLOBAL_SHARE) * local + GLOBAL_SHARE * found
 

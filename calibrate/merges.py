@@ -108,6 +108,28 @@ def saved_share(mined: Mined, tokenizer: Any, texts: Sequence[str]) -> dict[str,
     return {"base_tokens": before, "merged_tokens": after, "bytes": size, "saved": 1 - after / max(1, before)}
 
 
+def batch_share(
+    calibration: Calibration, *, boundary: Boundary, merges: int, least: int, seed: int, prompts: int = 8
+) -> dict[str, Any]:
+    """Tokens of a batch of held-out prompts (1024 tokens at most) before and after it is merged by itself; JSON data.
+
+    Args:
+        merges: merged tokens, at most.
+        least: a pair that the batch has less often is left alone.
+    """
+    length = calibration.longest("heldout", 1024)
+    rows = calibration.windows("heldout", length, min(prompts, calibration.available("heldout", length)), seed=seed)
+    base = ByteLevel.of(calibration.tokenizer)
+    pieces = Pieces(base, boundary)
+    sequences = [(row, pieces(row)) for row in rows.tolist()]
+    first = base.size
+    found = mine(sequences, merges, first, Rules(base, across=boundary == "phrase"), least=least)
+    before = rows.numel()
+    after = before - sum(merge.saved for merge in found)
+    sizes = {"prompts": len(rows), "base_tokens": before, "merged_tokens": after, "merges": len(found)}
+    return {**sizes, "saved": 1 - after / before}
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

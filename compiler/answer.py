@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 from sparsec.plugins.kernels.support import Kernels
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import kv_bytes, uninstall
+from sparsec.plugins.vocabulary import merges_by_batch, read
 
 
 def answer(
@@ -56,6 +57,9 @@ def respond(
     else:
         inputs = tokenizer(text, return_tensors="pt")
     inputs = {key: value.to(model.device) for key, value in inputs.items()}
+    if merges_by_batch(model):  # the tokenizer is the base model's
+        ids, mask = read(model, inputs["input_ids"])
+        inputs |= {"input_ids": ids, "attention_mask": mask}
     cache = DynamicCache(config=model.config)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     began = time.monotonic()

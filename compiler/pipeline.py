@@ -21,6 +21,7 @@ from sparsec.calibrate import ranks
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.evaluate import baseline_plan
 from sparsec.calibrate.splits import Calibration
+from sparsec.calibrate.token_report import by_script, compare
 from sparsec.calibrate.trainable import put_weights
 from sparsec.compiler import golden
 from sparsec.compiler.checkpoint import load_config
@@ -164,7 +165,7 @@ class _Compile:
 
     def run_pass(self, each: Pass) -> None:
         """One pass, or its stored result."""
-        program = self.program
+        by_batch, program = _without_batches(self.program)
         missing = lacks(program.plan, each.needs)
         if missing:
             raise ArtifactError(f"{each.name} needs {missing[0]}, which the passes before it did not leave")
@@ -179,11 +180,14 @@ class _Compile:
             code=code_digest(each),
         )
         plan = Plan.parse(data["plan"])
+        if by_batch:
+            plan, tensors = plan.edit(vocabulary=self.program.plan.vocabulary), tensors | by_batch
         record = PassRecord(name=each.name, config=config).model_dump(mode="json")
         plan = plan.edit(passes=[*(p.model_dump(mode="json") for p in program.plan.passes), record])
         trained = {name.removeprefix(WEIGHTS): tensors.pop(name) for name in list(tensors) if name.startswith(WEIGHTS)}
-        if plan.vocabulary is not None and program.plan.vocabulary is None:
-            tensors = self._extend(plan.vocabulary, data["measured"]["pairs"], tensors)
+        if plan.frozen is not None and program.plan.vocabulary is None:
+            tensors = self._extend(plan.frozen, data["measured"]["pairs"], tensors)
+            data["measured"]["tokenizer"] = self._tokenizers()
         put_weights(program.model, trained)
         self.weights |= trained
         tier = each.tier_of_run()
@@ -202,6 +206,12 @@ class _Compile:
         read = with_description(own, self.tokenizer)
         self.calibration = Calibration(self.text.corpus, read, seed=self.job.recipe.seed)
         return {name: tensor for name, tensor in tensors.items() if name not in (vocabulary.INPUT, vocabulary.NEVER)}
+
+    def _tokenizers(self) -> dict[str, Any]:
+        """The base tokenizer beside the artifact's on held-out text, by script."""
+        assert self.tokenizer is not None
+        texts = by_script([document.text for document in self.text.texts("heldout")])
+        return compare(ByteLevel.of(self.text.tokenizer), ByteLevel(self.tokenizer), texts)
 
     def free_model(self) -> None:
         """The dense model goes before the artifact is loaded: one model in memory at a time."""
@@ -343,6 +353,16 @@ class _Compile:
                 f"{self.stages.folder} lacks what the first process stored: point SPARSEC_CACHE to a folder all share"
             )
         return stored
+
+
+def _without_batches(program: Program) -> tuple[dict[str, Tensor], Program]:
+    """The tensors of merging by the batch, and the program without it: passes measure on base tokens, as they come."""
+    names = vocabulary.stored_names(program.plan)
+    if not names:
+        return {}, program
+    rest = {name: tensor for name, tensor in program.tensors.items() if name not in names}
+    own = {name: program.tensors[name] for name in names}
+    return own, replace(program, plan=program.plan.edit(vocabulary=None), tensors=rest)
 
 
 def _run(each: Pass, program: Program, calibration: Calibration) -> tuple[Any, dict[str, Tensor]]:

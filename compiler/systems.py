@@ -68,7 +68,10 @@ class Compiled:
         """
         with transformers_call(f"transformers cannot read the tokenizer in {self.path}", "copy or compile it again"):
             own = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        return own if self.plan.vocabulary is None else unmerged(own, self.plan.vocabulary.base)
+        frozen = (
+            self.plan.vocabulary if self.plan.vocabulary is not None and self.plan.vocabulary.mode == "static" else None
+        )
+        return own if frozen is None else unmerged(own, frozen.base)
 
     @property
     def identity(self) -> Any:

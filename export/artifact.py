@@ -154,7 +154,7 @@ def write_model(
         ArtifactError: a trained weight has no place in the files.
     """
     left = dict(trained or {})
-    untied = _untied(left, weights) if plan.vocabulary is not None else {}
+    untied = _untied(left, weights) if plan.frozen is not None else {}
     for file in model_files(source, weights):
         if tokenizer is not None and file.name in OTHER_FILES:
             continue
@@ -176,9 +176,9 @@ def write_model(
             "save_pretrained of transformers and compile that"
         )
     settings = dsa.settings(plan, read_json(source / CONFIG))
-    if plan.vocabulary is not None:
-        settings |= {"vocab_size": plan.vocabulary.rows, "tie_word_embeddings": False}
-        _suppress(aside / GENERATION, range(plan.vocabulary.base, plan.vocabulary.rows))
+    if plan.frozen is not None:
+        settings |= {"vocab_size": plan.frozen.rows, "tie_word_embeddings": False}
+        _suppress(aside / GENERATION, range(plan.frozen.base, plan.frozen.rows))
     if tokenizer is not None:
         (aside / TOKENIZER).write_text(text_of(tokenizer), encoding="utf-8")
     write_json(aside / CONFIG, {**settings, PLAN_KEY: plan.to_json()})

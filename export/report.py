@@ -15,7 +15,6 @@ from sparsec.export import svg
 from sparsec.export.cautions import cautions
 from sparsec.export.choices import TITLES, choices
 from sparsec.export.measured import detection, stage1
-from sparsec.export.merged import merged
 from sparsec.export.needles import needles
 from sparsec.export.page import (
     caution,
@@ -38,6 +37,7 @@ from sparsec.export.repeated import chosen_prefill, repeats
 from sparsec.export.routing import routing
 from sparsec.export.selectors import selectors
 from sparsec.export.speed import speed
+from sparsec.export.tokens import tokens
 from sparsec.export.training import pass_costs, training
 from sparsec.export.words import (
     change,
@@ -92,15 +92,15 @@ def render_report(
         cheaper = measured(measurements, name)
         if cheaper is not None:
             body.append(choices(name, cheaper))
+    merged = measured(measurements, "dynamic-tokenization")
+    if merged is not None:
+        body.append(tokens(merged))
     distilled = measured(measurements, "distill")
     if distilled is not None:
         body.append(training(distilled))
     routed = measured(measurements, "informed-routing")
     if routed is not None:
         body.append(routing(routed))
-    lengths = measured(measurements, "dynamic-tokenization")
-    if lengths is not None:
-        body.append(merged(lengths))
     body.append(speed(split, timed))
     if evaluated is not None:
         body.append(needles(evaluated, evaluated_name(plan, evaluated)))

@@ -189,7 +189,7 @@ def runs_on(plan: Plan) -> str:
 def elsewhere(plan: Plan, *, trained: bool) -> str:
     """What stock Transformers makes of an artifact."""
     if plan.dsa is None:
-        if plan.vocabulary is not None:
+        if plan.frozen is not None:
             return "an ordinary dense model with the larger vocabulary: prompts are shorter there too"
         if trained:
             return "a dense model with the trained weights, which is not the base model"
@@ -235,13 +235,12 @@ def runs(plan: Plan) -> list[tuple[str, str]]:
     out = [("retrieval heads", f"{count(kept)} of {count(heads)} query heads, in {holding} of {shape.layers} layers")]
     if plan.vocabulary is not None:
         words = plan.vocabulary
-        out.append(
-            (
-                "vocabulary",
-                f"{count(words.merged)} merged tokens ({words.boundary}) on {count(words.base)}: read in prompts, "
-                "never written",
-            )
-        )
+        kind = f"merged tokens ({words.boundary}) on {count(words.base)}: read in prompts, never written"
+        if words.mode == "dynamic":
+            kind += "; found in each batch, through sparsec.load alone"
+            out.append(("vocabulary", f"at most {count(words.merged)} {kind}"))
+        else:
+            out.append(("vocabulary", f"{count(words.merged)} {kind}"))
     if plan.window is not None:
         local, gone, all_kv = heads - kept, evicted(plan), shape.layers * shape.kv_heads
         seen = f"the last {count(plan.window.size)} and the first {plan.window.sinks} tokens"

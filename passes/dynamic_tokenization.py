@@ -1,9 +1,9 @@
 """dynamic-tokenization: tokens that the tokenizer never had, so that prompts take fewer positions.
 
 Dynamic tokenization (Feher, Vulić, Minixhofer, arXiv 2411.18553) merges frequent neighbours of a batch and lets a
-hypernetwork predict their embeddings. Here the merges are mined from the calibration text once and frozen: the paper's
-authors would call that vocabulary extension, and the plan calls it ``static``. What is ours:
-docs/passes/dynamic-tokenization.md.
+hypernetwork predict their embeddings: ``mode=dynamic``. By default (``static``) the merges are mined from the
+calibration text once and frozen, which the paper's authors would call vocabulary extension, and every engine can serve
+it. What is ours: docs/passes/dynamic-tokenization.md.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsec.calibrate.hypernetwork import Pieces, embeddings, imitate, new_hypernetwork
+from sparsec.calibrate.consistency import consistency
+from sparsec.calibrate.hypernetwork import imitate, new_hypernetwork
 from sparsec.calibrate.merged_distillation import Rows, Settings, as_windows, distil
 from sparsec.calibrate.merged_embeddings import estimate, never_sampled
-from sparsec.calibrate.merges import Mined, mine_text, saved_share
+from sparsec.calibrate.merges import Mined, batch_share, mine_text, saved_share
 from sparsec.calibrate.splits import Calibration
-from sparsec.errors import PlanError
+from sparsec.errors import PlanError, UsageError
 from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
 from sparsec.plan import Plan
+from sparsec.plugins.dynamic_merging import NETWORK
+from sparsec.plugins.hypernetwork import Hypernetwork, Pieces, embeddings
 from sparsec.plugins.vocabulary import INPUT, NEVER
 
 MULTIPLE = 64  # embedding rows come in such numbers, as kernels like them
 SHOWN = 40  # merged tokens that the report lists
+PROBE = (4, 256)  # held-out windows, and tokens of each, that are read in several segmentations
+BATCH_LEAST = 2  # merging by the batch takes every pair that is there twice, as the authors' code does
 STATES = (4, 512)  # windows and tokens that the row which is never sampled is fitted on
 
 
@@ -44,7 +49,11 @@ class DynamicTokenization(Pass):
     source: ClassVar[str] = "Dynamic tokenization, arXiv 2411.18553"
     needs: ClassVar[tuple[Need, ...]] = ("a dense model",)
 
-    merges: int = Field(default=5000, ge=1, le=1_000_000, description="merged tokens, at most")
+    mode: Literal["static", "dynamic"] = Field(
+        default="static", description="merges frozen in the tokenizer, or found in each batch by sparsec.load alone"
+    )
+    merges: int = Field(default=5000, ge=1, le=1_000_000, description="merged tokens, at most; dynamic: to train with")
+    batch_merges: int = Field(default=512, ge=1, le=1_000_000, description="dynamic: merged tokens of a batch, at most")
     boundary: Literal["pretoken", "word", "phrase"] = Field(
         default="phrase", description="what a merged token stays in: the tokenizer's pretoken, a word, up to 16 words"
     )
@@ -73,6 +82,8 @@ class DynamicTokenization(Pass):
         """Mine, predict, perhaps train. See :class:`sparsec.passes.base.Pass`."""
         if program.plan.vocabulary is not None:
             raise PlanError("the plan has merged tokens already: run dynamic-tokenization once")
+        if self.mode == "dynamic" and self.prediction not in ("mean", "hypernetwork"):
+            raise UsageError(f"prediction={self.prediction} is for frozen merges: take mean or hypernetwork in a batch")
         model = program.model
         table, head, tied = embeddings(model)
         mined = mine_text(
@@ -85,11 +96,15 @@ class DynamicTokenization(Pass):
         )
         trained: dict[str, Any] = {}
         if self.prediction == "hypernetwork":
-            rows, trained = self._trained(program, calibration, mined)
+            fitted, trained = self._trained(program, calibration, mined)
+            rows, network = fitted.all(), fitted.network
         else:
+            network = None
             size = mined.base.bytes_of
             lengths = [[len(size[part] or b"") for part in parts] for parts in mined.constituents]
             rows = estimate(self.prediction, table, mined.constituents, lengths)
+        if self.mode == "dynamic":
+            return self._by_batch(program, calibration, network, trained)
         never = never_sampled(self._states(model, calibration, program.seed), head)
         count = len(mined.merges)
         vocabulary = {
@@ -110,6 +125,7 @@ class DynamicTokenization(Pass):
             "mined_from": mined.tokens,
             "saved_train": sum(mined.saved) / max(1, mined.tokens),
             "heldout": held,
+            "consistency": self._probe(program, calibration, mined, rows),
             "first": [data.decode("utf-8", "replace") for data in mined.spelling[:SHOWN]],
             **trained,
         }
@@ -124,7 +140,49 @@ class DynamicTokenization(Pass):
         share = 1.0 if self.depth is None else min(1.0, self.depth / plan.model.layers)
         return Cost(tokens=states + int(4 * self.steps * self.batch * self.context * share))
 
-    def _trained(self, program: Program, calibration: Calibration, mined: Mined) -> tuple[Tensor, dict[str, Any]]:
+    def _by_batch(
+        self,
+        program: Program,
+        calibration: Calibration,
+        network: Hypernetwork | None,
+        trained: Mapping[str, Any],
+    ) -> PassResult:
+        """The plan that merges each batch, with the hypernetwork's tensors."""
+        table, _, tied = embeddings(program.model)
+        vocabulary = {
+            "mode": "dynamic",
+            "base": len(table),
+            "merged": self.batch_merges,
+            "rows": -(-(len(table) + self.batch_merges) // MULTIPLE) * MULTIPLE,
+            "width": table.shape[1],
+            "boundary": self.boundary,
+            "least": BATCH_LEAST,
+            "prediction": "mean" if network is None else "hypernetwork",
+            "inputs": None if network is None else network.enter.in_features,
+        }
+        kept = network.state_dict() if network is not None else {}
+        tensors = {NETWORK + name: value.detach().float().cpu().contiguous() for name, value in kept.items()}
+        measured = {
+            "mode": "dynamic",
+            "boundary": self.boundary,
+            "prediction": self.prediction,
+            "tied": tied,
+            "batch_merges": self.batch_merges,
+            "heldout": batch_share(
+                calibration, boundary=self.boundary, merges=self.batch_merges, least=BATCH_LEAST, seed=program.seed
+            ),
+            **trained,
+        }
+        return PassResult(program.plan.edit(vocabulary=vocabulary), {**program.tensors, **tensors}, measured)
+
+    def _probe(self, program: Program, calibration: Calibration, mined: Mined, rows: Tensor) -> dict[str, Any]:
+        length = calibration.longest("heldout", PROBE[1])
+        windows = calibration.windows(
+            "heldout", length, min(PROBE[0], calibration.available("heldout", length)), seed=program.seed
+        )
+        return consistency(program.model, mined, rows, windows)
+
+    def _trained(self, program: Program, calibration: Calibration, mined: Mined) -> tuple[Rows, dict[str, Any]]:
         model, seed = program.model, program.seed
         table, head, tied = embeddings(model)
         network = new_hypernetwork(model, seed)
@@ -145,12 +203,14 @@ class DynamicTokenization(Pass):
                 for split, most in (("train", self.windows), ("search", 2 * self.batch))
             )
             depth = None if self.depth is None or self.depth >= program.plan.model.layers else self.depth
-            settings = Settings(self.steps, self.batch, self.lr, self.row_lr, depth, seed)
+            # Of what a batch will merge no row is known: there the network has to do alone.
+            row_lr = self.row_lr if self.mode == "static" else 0.0
+            settings = Settings(self.steps, self.batch, self.lr, row_lr, depth, seed)
             found["distilled"] = distil(model, rows, len(table), windows, held, settings, program.listen) | {
                 "context": length,
                 "windows": len(windows),
             }
-        return rows.all(), found
+        return rows, found
 
     @torch.no_grad()
     def _states(self, model: Any, calibration: Calibration, seed: int) -> Tensor:

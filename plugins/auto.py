@@ -21,7 +21,8 @@ from sparsec.errors import ArtifactError
 from sparsec.layout import PLAN_KEY, TENSORS
 from sparsec.plan import Plan
 from sparsec.plugins.families import FAMILIES
-from sparsec.plugins.runtime import added_tensors, install, rows_as, tensor_names, use_kernels
+from sparsec.plugins.runtime import added_tensors, install, rows_as, tensor_names, uninstall, use_kernels
+from sparsec.plugins.vocabulary import added_tensors as vocabulary_tensors
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -52,9 +53,22 @@ class SparseMixin:
         plan: Plan | None = getattr(self, "sparsec_plan", None)
         if plan is None:
             return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if plan.vocabulary is not None and plan.vocabulary.mode == "dynamic":
+            # The rows that batches fill are no weights: the base model is saved, and the plan beside it.
+            added = added_tensors(self) | vocabulary_tensors(self)  # type: ignore[arg-type]
+            reader = self.__dict__.get("sparsec_reader")
+            uninstall(self)  # type: ignore[arg-type]
+            try:
+                setattr(self.config, PLAN_KEY, plan.to_json())
+                super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            finally:
+                install(self, plan, added)  # type: ignore[arg-type]
+                object.__setattr__(self, "sparsec_reader", reader)
+            write_tensors(Path(save_directory) / TENSORS, added)
+            return None
         state = kwargs.pop("state_dict", None) or self.state_dict()  # type: ignore[attr-defined]
-        added = tensor_names(plan)
-        kwargs["state_dict"] = {key: value for key, value in state.items() if key not in added}
+        names = tensor_names(plan)
+        kwargs["state_dict"] = {key: value for key, value in state.items() if key not in names}
         setattr(self.config, PLAN_KEY, plan.to_json())
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         write_tensors(Path(save_directory) / TENSORS, added_tensors(self))  # type: ignore[arg-type]

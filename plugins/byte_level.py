@@ -66,6 +66,10 @@ class ByteLevel:
             raise SourceError(f"{type(tokenizer).__name__} has no fast backend: {FITS}")
         return cls(json.loads(backend.to_str()))
 
+    def tokenizer(self) -> Tokenizer:
+        """One that runs the description."""
+        return Tokenizer.from_str(json.dumps(self.description))
+
     @cached_property
     def size(self) -> int:
         """One more than the highest id."""

@@ -61,7 +61,7 @@ def tensor_names(plan: Plan) -> dict[str, tuple[int, ...]]:
             shape = (len(layer.retrieval), plan.selector.rank, plan.model.head_dim)
             for part in ("q_proj", "k_proj"):
                 shapes[f"model.layers.{i}.self_attn.indexer.{part}.weight"] = shape
-    return shapes | routing_names(plan)
+    return shapes | routing_names(plan) | vocabulary.stored_names(plan)
 
 
 def check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:

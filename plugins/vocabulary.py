@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparsec.errors import PlanError
 from sparsec.plan import Plan, Vocabulary
 from sparsec.plugins.byte_level import ByteLevel, Pieces
+from sparsec.plugins.dynamic_merging import NETWORK, BatchReader, network_shapes
 from sparsec.plugins.merging import Merger
 
 INPUT = "vocabulary.input.weight"  # [merged, width]
@@ -27,9 +28,17 @@ NEVER = "vocabulary.never.weight"  # [width]
 
 
 def tensor_names(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The tensors of a plan's merged tokens, as long as they are not rows of the embedding, with their shapes."""
+    """The tensors of frozen merged tokens, as long as they are not rows of the embedding, with their shapes."""
     own = plan.vocabulary
-    return {} if own is None else {INPUT: (own.merged, own.width), NEVER: (own.width,)}
+    return {} if own is None or own.mode == "dynamic" else {INPUT: (own.merged, own.width), NEVER: (own.width,)}
+
+
+def stored_names(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The tensors that merging by the batch needs whenever it runs, with their shapes."""
+    own = plan.vocabulary
+    if own is None or own.mode != "dynamic":
+        return {}
+    return network_shapes(own.width, own.inputs) if own.inputs is not None else {}
 
 
 def check(model: nn.Module, vocabulary: Vocabulary) -> bool:
@@ -55,13 +64,22 @@ class Base:
     head: nn.Parameter
     bias: nn.Parameter | None
     tied: bool
+    stored: Mapping[str, Tensor]  # of merging by the batch
+    hook: Any  # which keeps rows that a batch fills from being written
 
 
 @torch.no_grad()
 def extend(model: Any, vocabulary: Vocabulary, tensors: Mapping[str, Tensor]) -> Base:
     """Put the rows behind the model's own, in place; :func:`restore` takes them off."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    before = Base(embedding.weight, head.weight, head.bias, bool(model.config.get_text_config().tie_word_embeddings))
+    stored: dict[str, Tensor] = {}
+    if vocabulary.mode == "dynamic":  # rows that each batch fills anew
+        stored = {name: tensors[name] for name in tensors if name.startswith(NETWORK)}
+        empty = torch.zeros(vocabulary.merged, vocabulary.width)
+        tensors = {INPUT: empty, NEVER: empty[0]}
+    hook = head.register_forward_hook(_never_written(vocabulary.base)) if vocabulary.mode == "dynamic" else None
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    before = Base(embedding.weight, head.weight, head.bias, tied, stored, hook)
     new, fill = vocabulary.rows - vocabulary.base, vocabulary.rows - vocabulary.base - vocabulary.merged
     rows = torch.cat([tensors[INPUT], tensors[INPUT].new_zeros(fill, vocabulary.width)])
     embedding.weight = _behind(before.embedding, rows)
@@ -76,6 +94,8 @@ def restore(model: Any, before: Base) -> None:
     """As the model was before :func:`extend`."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding.weight, head.weight, head.bias = before.embedding, before.head, before.bias
+    if before.hook is not None:
+        before.hook.remove()
     _size(model, len(before.embedding), tied=before.tied)
 
 
@@ -84,6 +104,8 @@ def added_tensors(model: Any) -> dict[str, Tensor]:
     if "sparsec_base" not in model.__dict__:
         return {}
     own: Vocabulary = model.sparsec_plan.vocabulary
+    if own.mode == "dynamic":
+        return dict(model.sparsec_base.stored)
     rows, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return {INPUT: rows[own.base : own.base + own.merged].detach().clone(), NEVER: head[own.base].detach().clone()}
 
@@ -97,6 +119,16 @@ def extended_weights(model: Any) -> dict[str, Tensor]:
         if id(module) in parts
         for kind, weight in module.named_parameters(recurse=False)
     }
+
+
+def _never_written(base: int) -> Callable[[Any, Any, Tensor], Tensor]:
+    """Puts the logits of ids from ``base`` on below all others; not infinitely, so that logits can be subtracted."""
+
+    def hook(module: Any, args: Any, logits: Tensor) -> Tensor:
+        logits[..., base:] = torch.finfo(logits.dtype).min
+        return logits
+
+    return hook
 
 
 def _behind(own: Tensor, rows: Tensor) -> nn.Parameter:
@@ -129,14 +161,25 @@ class Reader:
         """The merged ids."""
         return self._merger(ids, self._pieces(ids))[0]
 
+    def batch(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The merged ids of several prompts."""
+        return [self(row) for row in rows]
+
 
 def reads_merged(model: Any) -> bool:
     """Are this model's prompts read in merged tokens?"""
     return getattr(model, "sparsec_reader", None) is not None
 
 
+def merges_by_batch(model: Any) -> bool:
+    """Are they merged by the batch, so that a tokenizer cannot do it?"""
+    return isinstance(getattr(model, "sparsec_reader", None), BatchReader)
+
+
 def read(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Prompts as the model reads them: merged where it has a reader, else as they are.
+
+    Where the plan merges by the batch, ids of merged tokens hold until the next call: they are rows that it fills.
 
     Args:
         ids: int64 [batch, length] of the base vocabulary, no padding.
@@ -144,10 +187,10 @@ def read(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ids and attention mask, int64 [batch, at most length], padded on the left.
     """
-    reader: Reader | None = getattr(model, "sparsec_reader", None)
+    reader: Reader | BatchReader | None = getattr(model, "sparsec_reader", None)
     if reader is None:
         return ids, torch.ones_like(ids)
-    rows = [reader(row) for row in ids.tolist()]
+    rows = reader.batch(ids.tolist())
     longest = max(map(len, rows))
     out = [[0] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
@@ -158,7 +201,11 @@ def set_reader(model: Any, tokenizer: Any) -> None:
     """From now on :func:`read` merges for this model, if its plan has merged tokens; None as tokenizer: no more."""
     plan: Plan | None = getattr(model, "sparsec_plan", None)
     if tokenizer is not None and plan is not None and plan.vocabulary is not None:
-        object.__setattr__(model, "sparsec_reader", Reader(tokenizer, plan.vocabulary.base))
+        own = plan.vocabulary
+        if own.mode == "dynamic":
+            object.__setattr__(model, "sparsec_reader", BatchReader(tokenizer, model, own, model.sparsec_base))
+        else:
+            object.__setattr__(model, "sparsec_reader", Reader(tokenizer, own.base))
     elif hasattr(model, "sparsec_reader"):
         object.__delattr__(model, "sparsec_reader")
 

@@ -177,15 +177,34 @@ class Vocabulary(Strict):
     Merged tokens are read and never written: what is generated are tokens of the base vocabulary.
     """
 
-    mode: Literal["static"] = Field(description="static: the merges are frozen and stand in tokenizer.json")
+    mode: Literal["static", "dynamic"] = Field(
+        description="static: the merges are frozen and stand in tokenizer.json; dynamic: found in each batch of "
+        "prompts, by sparsec.load alone"
+    )
     base: int = Field(ge=1, description="rows of the base model's embedding; ids from here on are merged tokens")
-    merged: int = Field(ge=1, description="merged tokens")
+    merged: int = Field(ge=1, description="merged tokens; dynamic: of a batch, at most")
     rows: int = Field(ge=1, description="rows of the embedding; those behind the merged tokens only fill it up")
     width: int = Field(ge=1, description="dimensions of an embedding")
     boundary: Literal["pretoken", "word", "phrase"] = Field(description="what a merged token stays in")
+    least: int | None = Field(default=None, ge=2, description="dynamic: a pair is merged that a batch has so often")
+    prediction: Literal["mean", "hypernetwork"] | None = Field(
+        default=None, description="dynamic: what gives embeddings, the mean of the pieces or the stored hypernetwork"
+    )
+    inputs: int | None = Field(default=None, ge=1, description="numbers that the hypernetwork reads of a piece")
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Static plans keep the digests that they had before there were dynamic ones."""
+        data: dict[str, Any] = write(self)
+        return {key: value for key, value in data.items() if value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        dynamic = self.mode == "dynamic"
+        if dynamic != (self.least is not None) or dynamic != (self.prediction is not None):
+            raise ValueError("a dynamic vocabulary has least and prediction, a static one neither")
+        if (self.prediction == "hypernetwork") != (self.inputs is not None):
+            raise ValueError("a hypernetwork, and nothing else, has inputs")
         if self.rows < self.base + self.merged:
             raise ValueError(f"{self.rows} rows do not hold {self.base} tokens and {self.merged} merged ones")
         return self
@@ -283,6 +302,12 @@ class Plan(Strict):
             PlanError: the new plan contradicts itself.
         """
         return Plan.parse({**self.model_dump(), **changes})
+
+    @property
+    def frozen(self) -> Vocabulary | None:
+        """Its merged tokens, where they stand in the tokenizer and the embedding: not those found by the batch."""
+        own = self.vocabulary
+        return own if own is not None and own.mode == "static" else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data; :meth:`parse` gives an equal plan back."""

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache
 
 import sparsec
 from sparsec.calibrate.corpus import read_corpus
@@ -23,6 +24,7 @@ from sparsec.calibrate.decode import decode_logits
 from sparsec.calibrate.merged_embeddings import estimate, never_sampled
 from sparsec.calibrate.merges import Mined, mine_text, saved_share
 from sparsec.calibrate.splits import Calibration
+from sparsec.calibrate.token_report import compare, script
 from sparsec.compiler.source import Source, load_tokenizer
 from sparsec.errors import CalibrationError, PlanError, SourceError, UsageError
 from sparsec.export.tokenizer import broken, merged_tokenizer, with_description
@@ -361,6 +363,19 @@ def test_prompts_are_read_merged_and_answers_are_base_tokens(artifact: Path, tin
     assert resident > 0
 
 
+def test_a_second_turn_goes_on_with_the_ids_of_the_first(artifact: Path) -> None:
+    model, tokenizer = sparsec.load(artifact)
+    cache = DynamicCache(config=model.config)
+    prompt = tokenizer("the value of the function is the same", return_tensors="pt")["input_ids"]
+    options = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    first = model.generate(prompt, past_key_values=cache, **options)
+    # The model writes base tokens. Read again as text they could merge, into ids that are not in the cache.
+    transcript = torch.cat([first, tokenizer(" and the type of the object", return_tensors="pt")["input_ids"]], dim=1)
+    second = model.generate(transcript, past_key_values=cache, **options)
+    assert torch.equal(second[:, : transcript.shape[1]], transcript)
+    assert cache.get_seq_length() == second.shape[1] - 1  # every id stands in it once
+
+
 def test_eval_reads_the_same_text_with_both_tokenizers(artifact: Path, cli: Any, tmp_path: Path) -> None:
     result = cli(
         "eval",
@@ -378,5 +393,138 @@ def test_eval_reads_the_same_text_with_both_tokenizers(artifact: Path, cli: Any,
     )
     assert result.status == 0, result.err
     dense, own = json.loads((tmp_path / "eval.json").read_text())["cells"]
-    assert dense["text"]["bytes"] == own["text"]["bytes"]
-    assert own["text"]["kv_bytes"] < dense["text"]["kv_bytes"]
+    assert dense["bytes"] == own["bytes"]
+    assert own["kv_bytes"] < dense["kv_bytes"]
+
+
+def test_the_report_shows_both_tokenizers(artifact: Path) -> None:
+    page = (artifact / "report.html").read_text(encoding="utf-8")
+    found = json.loads((artifact / "measurements.json").read_text())["passes"][0]["measured"]
+    before, after = (found["tokenizer"]["texts"]["Latin"][which] for which in ("before", "after"))
+    assert after["tokens"] < before["tokens"]
+    assert after["bytes"] == before["bytes"]
+    assert after["lost_lines"] == before["lost_lines"] == 0
+    assert 1 - after["tokens"] / before["tokens"] == pytest.approx(found["heldout"]["saved"], abs=0.01)
+    known = found["tokenizer"]["vocabulary"]
+    assert known["after"]["tokens"] == known["before"]["tokens"] + found["merges"]
+    assert known["after"]["duplicated"] == 0
+    assert 0 < found["consistency"]["merged"]["same_next"] <= found["consistency"]["half"]["same_next"] <= 1
+    assert "Merged tokens" in page
+    assert f"{after['characters_a_token']:.2f}" in page
+
+
+def test_a_tokenizer_report_counts_what_is_there(mined: Mined, description: dict[str, Any]) -> None:
+    texts = {name: [SCRIPTS[name]] for name in ("Cyrillic", "Han", "Japanese", "Hangul")}
+    assert {name: script(text[0]) for name, text in texts.items()} == {name: name for name in texts}
+    found = compare(mined.base, ByteLevel(description), texts)
+    words = len(SCRIPTS["Cyrillic"].split())
+    one = found["texts"]["Cyrillic"]["before"]
+    ids = mined.base.tokenizer().encode(SCRIPTS["Cyrillic"]).ids
+    assert (one["words"], one["tokens"], one["fertility"]) == (words, len(ids), len(ids) / words)
+    counts = Counter(ids)
+    entropy = np.log(sum((n / len(ids)) ** 2.5 for n in counts.values())) / -1.5
+    assert one["renyi_efficiency"] == pytest.approx(entropy / np.log(len(mined.base.vocabulary)))
+    assert found["vocabulary"]["after"]["unreachable"] >= found["vocabulary"]["before"]["unreachable"]
+
+
+@pytest.fixture(scope="module")
+def dynamic(cli: Any, tiny_deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model compiled to merge each batch, by a hypernetwork, with windows on top."""
+    out = tmp_path_factory.mktemp("dynamic") / "out"
+    options = {"mode": "dynamic", "merges": 200, "imitation_steps": 4, "steps": 2, "windows": 8, "context": 64}
+    chosen = [f"--set=dynamic-tokenization.{name}={value}" for name, value in options.items()]
+    gate = ["--set=window.window=64", "--set=gate.max_loss=9", "--set=gate.context=256", "--set=gate.rows=64"]
+    result = cli("compile", str(tiny_deep), "--passes", "window,dynamic-tokenization", *chosen, *gate, "-o", str(out))
+    assert result.status == 0, result.err
+    return out
+
+
+def test_merging_by_the_batch_keeps_the_base_model_for_others(dynamic: Path, tiny_deep: Path) -> None:
+    config, before = (json.loads((each / "config.json").read_text()) for each in (dynamic, tiny_deep))
+    assert config["vocab_size"] == before["vocab_size"]
+    assert (dynamic / "tokenizer.json").read_text() == (tiny_deep / "tokenizer.json").read_text()
+    from transformers import LlamaForCausalLM
+
+    ids = torch.arange(3, 60)[None]
+    stock, base = (LlamaForCausalLM.from_pretrained(each) for each in (dynamic, tiny_deep))
+    assert torch.equal(stock(ids).logits, base(ids).logits)
+    page = (dynamic / "report.html").read_text(encoding="utf-8")
+    assert "by sparsec.load alone" in page
+
+
+def test_a_batch_is_merged_by_itself(dynamic: Path) -> None:
+    model, tokenizer = sparsec.load(dynamic)
+    own = model.sparsec_plan.vocabulary
+    assert (own.mode, own.prediction) == ("dynamic", "hypernetwork")
+    here, there = (
+        tokenizer(text * 3, return_tensors="pt")["input_ids"][:, :80]
+        for text in ("the value of the function is the same, ", "never had another sailor seen so calm a sea, ")
+    )
+    alone, mask = read(model, here)
+    assert alone.shape[1] < here.shape[1]
+    assert mask.all()
+    assert int(alone.max()) >= own.base
+    rows = model.get_input_embeddings().weight[own.base :].clone()
+    assert (rows[: int(alone.max()) - own.base + 1].abs().sum(-1) > 0).all()
+    both, mask = read(model, torch.cat([here, there]))
+    assert both.shape[0] == 2
+    assert not torch.equal(model.get_input_embeddings().weight[own.base :], rows)  # the rows are this batch's now
+    # What the merges make of a prompt is its text, piece by piece.
+    again, _ = read(model, here)
+    assert torch.equal(again, alone)
+    out = model.generate(again, max_new_tokens=20, do_sample=True, temperature=5.0)
+    assert (out[:, again.shape[1] :] < own.base).all()
+
+
+def test_the_cache_holds_what_was_read_when_the_next_batch_comes(dynamic: Path) -> None:
+    model, tokenizer = sparsec.load(dynamic)
+    ids = tokenizer("the value of the function is the same, " * 3, return_tensors="pt")["input_ids"][:, :80]
+    whole, size = decode_logits(model, ids, 60)
+    read(model, ids.flip(-1))
+    again, _ = decode_logits(model, ids, 60)
+    assert torch.equal(whole, again)
+    assert size > 0
+
+
+def test_merging_by_the_batch_survives_saving(dynamic: Path, tmp_path: Path) -> None:
+    model, tokenizer = sparsec.load(dynamic)
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    other, _ = sparsec.load(tmp_path / "again")
+    ids = tokenizer("the value of the function is the same, " * 3, return_tensors="pt")["input_ids"]
+    assert torch.equal(read(model, ids)[0], read(other, ids)[0])
+    assert torch.equal(model.get_input_embeddings().weight, other.get_input_embeddings().weight)
+
+
+def test_heuristics_that_need_a_table_are_refused_in_a_batch(cli: Any, tiny_deep: Path, tmp_path: Path) -> None:
+    chosen = ["--set=dynamic-tokenization.mode=dynamic", "--set=dynamic-tokenization.prediction=hybrid"]
+    result = cli("compile", str(tiny_deep), "--passes", "dynamic-tokenization", *chosen, "-o", str(tmp_path / "out"))
+    assert result.status == 2
+    assert "take mean or hypernetwork" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_static_plans_say_nothing_of_batches(extended: Any) -> None:
+    _, plan, _ = extended
+    assert set(plan.to_json()["vocabulary"]) == {"mode", "base", "merged", "rows", "width", "boundary"}
+
+
+def test_eval_and_generate_merge_by_the_batch(dynamic: Path, cli: Any, tmp_path: Path) -> None:
+    result = cli("generate", str(dynamic), "the value of the function is the same, " * 4, "--json", "--raw")
+    assert result.status == 0, result.err
+    _, tokenizer = sparsec.load(dynamic)
+    plain = tokenizer("the value of the function is the same, " * 4)["input_ids"]
+    assert json.loads(result.out)["prompt_tokens"] < len(plain)
+    few = ["--lengths", "256", "--prompts", "0", "--windows", "1", "--systems", "dense,artifact"]
+    result = cli("eval", str(dynamic), *few, "-o", str(tmp_path / "eval.json"))
+    assert result.status == 0, result.err
+    dense, own = json.loads((tmp_path / "eval.json").read_text())["cells"]
+    assert dense["bytes"] == own["bytes"]
+    assert own["kv_bytes"] < dense["kv_bytes"]
+    assert dense["bits_per_byte"] != own["bits_per_byte"]
+
+
+def test_merging_by_the_batch_is_not_exported(dynamic: Path, cli: Any) -> None:
+    result = cli("export", str(dynamic), "--to", "onnx")
+    assert result.status == 1
+    assert "vocabulary cannot be exported" in result.err
