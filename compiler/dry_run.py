@@ -15,7 +15,7 @@ from sparsec.compiler.checkpoint import load_config
 from sparsec.compiler.registry import check_needs
 from sparsec.compiler.start import Start
 from sparsec.export.artifact import model_files
-from sparsec.layout import CARD, CONFIG, MANIFEST, MEASUREMENTS, REPORT, TENSORS
+from sparsec.layout import CARD, CONFIG, GOLDEN, MANIFEST, MEASUREMENTS, REPORT, TENSORS
 from sparsec.passes.base import Pass
 from sparsec.plugins.device import device_map
 from sparsec.plugins.families import base_plan
@@ -71,7 +71,7 @@ def expect(
         "disk": stored,
         "files": sorted(
             {file.relative_to(path).as_posix() for file in model_files(path, weights)}
-            | {CARD, CONFIG, MANIFEST, MEASUREMENTS, REPORT}
+            | {CARD, CONFIG, GOLDEN, MANIFEST, MEASUREMENTS, REPORT}
             | ({TENSORS} if plan.dsa is None and any("indexers" in each.gives for each in passes) else set())
         ),
     }
