@@ -39,8 +39,9 @@ types: $(VENV)/.dev
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p sparsec
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml ../benchmarks ../docs
 
+# A file's tests share what they compile, so a file stays with one process. Threads of two processes wait for each other.
 pytest: $(VENV)/.dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

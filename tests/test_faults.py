@@ -40,14 +40,14 @@ def names(folder: Path) -> list[str]:
 # Wrong calls: exit 2, before anything is opened
 
 WRONG_CALLS = {
-    "no source": ([], "Missing argument 'SOURCE': see sparsec compile --help"),
+    "no source": ([], "no source: name a Hub id, a folder, a .gguf file or demo"),
     "an unknown option": (["model", "--pases", "x"], "No such option '--pases'"),
     "no passes": (["model", "-o", "out"], "no passes: give --passes"),
     "no output": (["model", "--passes", "rtpurbo"], "no output folder: give -o DIR"),
     "an unknown pass": (["model", "-o", "out", "--passes", "rtpurb"], "no pass 'rtpurb': did you mean 'rtpurbo'?"),
     "a pass like no other": (
         ["model", "-o", "out", "--passes", "qqq"],
-        "no pass 'qqq': known: distill, hisa, indexcache",
+        "no pass 'qqq': known: distill, dynamic-tokenization, hisa",
     ),
     "an option of another pass": (
         ["model", "-o", "out", "--passes", "rtpurbo", "--set", "indexcache.keep=1"],
