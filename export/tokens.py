@@ -43,7 +43,8 @@ def tokens(run: Mapping[str, Any]) -> str:
         parts += _tokenizers(run["tokenizer"])
     if "consistency" in run:
         parts += _consistency(run["consistency"])
-    parts.append(folded("The first merged tokens", paragraph(" | ".join(run["first"][:SHOWN]))))
+    if "first" in run:
+        parts.append(folded("The first merged tokens", paragraph(" | ".join(run["first"][:SHOWN]))))
     return section("tokens", "Merged tokens", *parts)
 
 
