@@ -39,9 +39,10 @@ types: $(VENV)/.dev
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p sparsec
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml ../benchmarks ../docs
 
-# A file's tests share what they compile, so a file stays with one process. Threads of two processes wait for each other.
+# A file's tests share what they compile, so a file stays with one process; in order, since a long one must not come last.
+# Two processes of two threads would wait for each other.
 pytest: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
