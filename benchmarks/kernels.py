@@ -137,29 +137,12 @@ def check_decode(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
                 floor = scores[0, 0][sets[0]].min() - 2 * selecting.TIE
                 if of.selector.granularity == "token":
                     sets.append(sets[0] | (scores[0, 0, :n] >= floor))
-                    sets += around(scores[0, 0], sets[0])
                 kept.append(float(sets[0].float().mean()))
             stored = [(cache.far[0][0, place, :n][seen], cache.far[1][0, place, :n][seen]) for seen in sets]
         found = out[0, head, 0].double()
         trues = [(k_.double() @ q[0, head, 0].double() * SCALE).softmax(0) @ v_.double() for k_, v_ in stored]
         worst = max(worst, min(float((found - true).norm() / true.norm()) for true in trues))
     return {"error": worst, "kept": statistics.mean(kept)}
-
-
-def around(scores: Tensor, kept: Tensor, most: int = 3) -> list[Tensor]:
-    """``kept`` with its edge up to ``most`` tokens further in or out: a sum over n float32 weights rounds by so much.
-
-    One of some thousand kept tokens changes a head's output by more than a percent where values are random.
-    """
-    order = scores.argsort(descending=True)
-    edge = int((~kept[order]).nonzero()[0])  # the best that is not kept; what is kept behind it is forced
-    sets = []
-    for end in range(max(1, edge - most), edge + most + 1):
-        moved = kept.clone()
-        moved[order[max(1, edge - most) : edge]] = False
-        moved[order[:end]] = True
-        sets.append(moved)
-    return sets
 
 
 def check_prefill(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
