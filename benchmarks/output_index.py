@@ -150,8 +150,9 @@ def _pairs(tokens: int, count: int) -> torch.Tensor:
 
 def _decode(model: Any, prompt: torch.Tensor, tokens: int, how: dict[str, Any]) -> list[float]:
     clock = Clock()
+    model.generation_config.eos_token_id = None  # texts of one length
     torch.manual_seed(0)
-    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0} | how
+    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0} | how
     model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)
     return clock.steps()
 

@@ -166,8 +166,8 @@ class OutputSettings:
     """How long the new rows are trained."""
 
     steps: int
-    lr: float = 3e-3
-    own_lr: float = 1e-2
+    lr: float = 1e-4
+    own_lr: float = 1e-3
     decay: float = 1e-2  # of corrections, which have seen little text
     seed: int = 0
 
@@ -295,7 +295,7 @@ def written_bits(writer: Writer, states: States) -> dict[str, Any]:
         sizes = torch.tensor([len(spelling.pieces(token)) for token in written])
         starts, size = sizes.cumsum(0) - sizes, int(sizes.sum())
         device = writer.weight.device
-        ruled = LongestMatch(spelling, 0)
+        ruled = LongestMatch(writer, 0)
         every = writer(hidden[starts].to(device))
         for number, token in enumerate(written):
             scores = ruled(torch.tensor([written[max(0, number - BACK) : number]]), every[number : number + 1])

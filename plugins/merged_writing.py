@@ -51,21 +51,24 @@ def output_names(own: Vocabulary) -> dict[str, tuple[int, ...]]:
     return {OUTPUT: (own.merged, own.width), STATES: (own.width, own.width), MERGES: (own.merged, 2)}
 
 
-def keep_output(model: Any, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    """Note the tensors on a model whose plan writes merged tokens.
+def check_output(model: Any, own: Vocabulary, tensors: Mapping[str, Tensor]) -> None:
+    """Can a plan with this vocabulary write merged tokens on the model?
 
     Raises:
         PlanError: the output layer is of a kind that merged rows cannot stand beside, or the merges are none.
     """
-    own = plan.vocabulary
-    if own is None or own.write == "base":
-        return
     check_head(model)
     merges = tensors[MERGES]
     number = own.base + torch.arange(own.merged)[:, None]
     if merges.is_floating_point() or not bool(((merges >= 0) & (merges < number)).all()):
         raise PlanError(f"{MERGES} names tokens that are not there: compile again")
-    object.__setattr__(model, "sparsec_output", {name: tensors[name] for name in output_names(own)})
+
+
+def keep_output(model: Any, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Note the tensors on a model whose plan writes merged tokens."""
+    own = plan.vocabulary
+    if own is not None and own.write == "merged":
+        object.__setattr__(model, "sparsec_output", {name: tensors[name] for name in output_names(own)})
 
 
 def check_head(model: Any) -> None:
@@ -177,6 +180,7 @@ class Writer:
         self.spelling = Spelling(tensors[MERGES], own.base)
         self.index = OutputIndex(tensors[OUTPUT].to(weight), tensors[STATES].float().cpu(), **index)
         self._parents = self.spelling.parents.to(weight.device)
+        self.found = torch.empty(0, dtype=torch.long)  # of the last call: numbers of merged tokens that have a logit
         self._place = torch.full((own.merged,), -1, device=weight.device)
 
     @torch.no_grad()
@@ -185,6 +189,7 @@ class Writer:
         flat = hidden.reshape(-1, hidden.shape[-1])
         plain = torch.nn.functional.linear(flat.to(self.weight.dtype), self.weight[: self.own.base]).float()
         numbers, joint = self.index(flat)
+        self.found = numbers
         out = plain.new_full((len(flat), self.own.rows), -torch.inf)
         for row, one in enumerate(out):
             base, merged = self._divided(plain[row], numbers[row], joint[row])
@@ -230,24 +235,24 @@ class LongestMatch(LogitsProcessor):  # type: ignore[misc]
     """Rules out what would complete a longer token than one that this model has just written.
 
     Args:
+        writer: whose logits these are.
         prompt: tokens of the prompt, padding included: those were not the model's choice.
     """
 
-    def __init__(self, spelling: Spelling, prompt: int) -> None:
-        self.spelling, self.prompt = spelling, prompt
-        self._first = spelling.first
+    def __init__(self, writer: Writer, prompt: int) -> None:
+        self.writer, self.prompt = writer, prompt
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Transformers' interface."""
-        base = self.spelling.base
+        spelling = self.writer.spelling
         for written, row in zip(input_ids[:, self.prompt :].tolist(), scores, strict=True):
-            beginnings = self.spelling.open(written)
-            heads = self.spelling.heads(beginnings)
+            beginnings = spelling.open(written)
+            heads = spelling.heads(beginnings)
             if heads:
-                there = row[base : base + len(self._first)].isfinite().nonzero()[:, 0].cpu()
-                some = there[torch.isin(self._first[there], torch.tensor(sorted(heads)))]
-                tokens = [*heads, *(base + some).tolist()]
-                row[[token for token in tokens if self.spelling.longer(beginnings, token)]] = -torch.inf
+                found = self.writer.found.flatten().cpu()
+                some = found[torch.isin(spelling.first[found], torch.tensor(sorted(heads)))]
+                tokens = [*heads, *(spelling.base + some).tolist()]
+                row[[token for token in tokens if spelling.longer(beginnings, token)]] = -torch.inf
         return scores
 
 
@@ -320,7 +325,7 @@ def processors_of(model: Any, made: Any, prompt: int) -> Any:
     writer: Writer | None = getattr(model, "sparsec_writer", None)
     if writer is None or model.get_output_embeddings().__dict__.get("forward") is not writer:
         return made
-    own: list[Any] = [LongestMatch(writer.spelling, prompt)]
+    own: list[Any] = [LongestMatch(writer, prompt)]
     blind: list[Any] = []
     for processor in made:
         if isinstance(processor, BLIND):

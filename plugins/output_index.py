@@ -57,8 +57,9 @@ class OutputIndex:
             return best.indices, best.values
         _, found = self._index.search((hidden.float() @ self._turn).contiguous().numpy(), self.candidates)
         numbers = torch.from_numpy(found)
-        near = self.rows[numbers.flatten()].view(*numbers.shape, -1)
-        return numbers, torch.bmm(near, hidden.to(near.dtype)[..., None])[..., 0].float()
+        states = hidden.to(self.rows.dtype)
+        near = [self.rows.index_select(0, which) @ state for which, state in zip(numbers, states, strict=True)]
+        return numbers, torch.stack(near).float()
 
 
 def _built(rows: Tensor, states: Tensor) -> tuple[Any, Tensor]:

@@ -88,6 +88,8 @@ def check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
             raise PlanError(f"{name} has shape {tuple(tensors[name].shape)}, the plan needs {size}: compile again")
         if not bool(torch.isfinite(tensors[name]).all()):
             raise PlanError(f"{name} holds values that are not finite: compile again")
+    if plan.vocabulary is not None and plan.vocabulary.write == "merged":
+        merged_writing.check_output(model, plan.vocabulary, tensors)
     for name in tensors:
         if name not in expected:
             raise PlanError(f"the plan has no place for the tensor {name}: compile again")
