@@ -22,9 +22,11 @@ from sparsec.calibrate.merged_embeddings import estimate, never_sampled
 from sparsec.calibrate.merged_output import OutputSettings, fit_output, read_states, written_bits
 from sparsec.calibrate.merges import Mined, batch_share, mine_text, saved_share
 from sparsec.calibrate.splits import Calibration
+from sparsec.calibrate.zett import open_zett
 from sparsec.errors import PlanError, UsageError
 from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
 from sparsec.plan import Plan, Vocabulary
+from sparsec.plugins.byte_level import ByteLevel
 from sparsec.plugins.dynamic_merging import NETWORK
 from sparsec.plugins.hypernetwork import Hypernetwork, Pieces, embeddings
 from sparsec.plugins.merged_writing import MERGES, OUTPUT, Spelling, Writer, check_head
@@ -62,8 +64,12 @@ class DynamicTokenization(Pass):
         default="phrase", description="what a merged token stays in: the tokenizer's pretoken, a word, up to 16 words"
     )
     least: int = Field(default=4, ge=2, description="a pair that the train text has less often is not merged")
-    prediction: Literal["mean", "local", "global", "hybrid", "hypernetwork"] = Field(
-        default="hypernetwork", description="of embeddings: the mean of the pieces, TokenAdapt's, or trained here"
+    prediction: Literal["mean", "local", "global", "hybrid", "hypernetwork", "zett"] = Field(
+        default="hypernetwork",
+        description="of embeddings: mean of the pieces, TokenAdapt's, trained here, or ZeTT's",
+    )
+    zett: str | None = Field(
+        default=None, description="prediction=zett: folder or Hub name of a hypernetwork of ZeTT for this base model"
     )
     imitation_steps: int = Field(default=200, ge=0, description="steps on tokens that the vocabulary has")
     steps: int = Field(default=60, ge=0, description="steps against the model on unmerged text")
@@ -93,12 +99,17 @@ class DynamicTokenization(Pass):
             raise PlanError("the plan has merged tokens already: run dynamic-tokenization once")
         if self.mode == "dynamic" and self.prediction not in ("mean", "hypernetwork"):
             raise UsageError(f"prediction={self.prediction} is for frozen merges: take mean or hypernetwork in a batch")
+        if (self.prediction == "zett") != (self.zett is not None):
+            raise UsageError("prediction=zett and zett=FOLDER go together: set both, or neither")
         model = program.model
         if self.write == "merged":
             if self.mode == "dynamic":
                 raise UsageError("write=merged is for frozen merges: take mode=static, or write=base")
             check_head(model)
         table, head, tied = embeddings(model)
+        opened = None
+        if self.zett is not None:
+            opened = open_zett(self.zett, ByteLevel.of(calibration.tokenizer), table.shape[1], len(table), tied)
         mined = mine_text(
             calibration,
             self.merges,
@@ -111,10 +122,15 @@ class DynamicTokenization(Pass):
         if self.prediction == "hypernetwork":
             fitted, trained = self._trained(program, calibration, mined)
             rows, network = fitted.all(), fitted.network
+        elif opened is not None:
+            names = {token: word for word, token in mined.base.vocabulary.items()}
+            words = ["".join(names[part] for part in parts) for parts in mined.constituents]
+            rows, network = opened.rows(words, table, head, tied), None
         else:
             network = None
             size = mined.base.bytes_of
             lengths = [[len(size[part] or b"") for part in parts] for parts in mined.constituents]
+            assert self.prediction not in ("hypernetwork", "zett")
             rows = estimate(self.prediction, table, mined.constituents, lengths)
         if self.mode == "dynamic":
             return self._by_batch(program, calibration, network, trained)
