@@ -50,10 +50,10 @@ def read_states(model: Any, head: Tensor, tokens: Tensor, batch: int, listen: Li
     hidden, total = [], []
     stage = "read for output rows"
     listen(Event(stage, 0, len(tokens)))
-    for part in tokens.split(batch):
+    for part in torch.split(tokens, batch):
         states = model.get_decoder()(input_ids=part.to(model.device), use_cache=False).last_hidden_state
         rows = states.flatten(0, 1)
-        sums = [nn.functional.linear(few.to(head.dtype), head).float().logsumexp(-1) for few in rows.split(ROWS)]
+        sums = [nn.functional.linear(few.to(head.dtype), head).float().logsumexp(-1) for few in torch.split(rows, ROWS)]
         hidden.append(states.float().cpu())
         total.append(torch.cat(sums).view(part.shape).cpu())
         listen(Event(stage, sum(map(len, hidden)), len(tokens)))
@@ -130,7 +130,8 @@ class Follow:
         last = rest.gather(1, size[:, None] - 1)[:, 0]
         at = (end + size - 1).clamp_max(states.tokens.shape[1] - 1)
         logit = (states.hidden[window, at] * self.head[last]).sum(-1) - states.total[window, at]
-        return logit.exp() * fits
+        found: Tensor = logit.exp() * fits
+        return found
 
 
 class OutputRows(nn.Module):
@@ -238,7 +239,7 @@ def fit_output(
 def _whole(rows: OutputRows, spelling: Spelling, table: Tensor, turn: Tensor) -> Tensor:
     """All rows: those of what they go on with first, and d."""
     every = torch.arange(len(rows.start))
-    made = torch.cat([rows(part) @ turn.T for part in every.split(4096)])
+    made = torch.cat([rows(part) @ turn.T for part in torch.split(every, 4096)])
     parents = spelling.parents
     # The shorter ones first, since a longer one's row is theirs and d.
     for number in sorted(every.tolist(), key=lambda n: len(spelling.pieces(spelling.base + n))):
@@ -266,13 +267,14 @@ def _loss(rows: OutputRows, events: Events, states: Tensor, positions: Tensor) -
     used, place = events.numbers[at].unique(return_inverse=True)  # type: ignore[no-untyped-call]
     d = (rows(used)[place] * states[positions[which]]).sum(-1).clamp_max(LARGEST)
     y = events.likely[at]
-    return (events.weights[at] * (d.exp() - y + torch.xlogy(y, y) - y * d)).sum() / len(positions)
+    loss: Tensor = (events.weights[at] * (d.exp() - y + torch.xlogy(y, y) - y * d)).sum() / len(positions)
+    return loss
 
 
 @torch.no_grad()
 def _held(rows: OutputRows, judge: Events, apart: Tensor) -> float:
     """The loss over all held-out positions."""
-    parts = torch.arange(len(apart)).split(POSITIONS)
+    parts = torch.split(torch.arange(len(apart)), POSITIONS)
     return sum(float(_loss(rows, judge, apart, part)) * len(part) for part in parts) / len(apart)
 
 

@@ -137,7 +137,7 @@ class Zett:
             forms[row, : len(ids)] = torch.tensor(ids)
         source = table if tied else torch.cat([table, head], 1)
         network = self.network.to(table.device)
-        return torch.cat([network(part.to(table.device), source).float().cpu() for part in forms.split(CHUNK)])
+        return torch.cat([network(part.to(table.device), source).float().cpu() for part in torch.split(forms, CHUNK)])
 
 
 def open_zett(spec: str, base: ByteLevel, width: int, rows: int, tied: bool) -> Zett:

@@ -130,7 +130,7 @@ class DynamicTokenization(Pass):
             network = None
             size = mined.base.bytes_of
             lengths = [[len(size[part] or b"") for part in parts] for parts in mined.constituents]
-            assert self.prediction not in ("hypernetwork", "zett")
+            assert self.prediction != "zett"  # without its folder it is refused
             rows = estimate(self.prediction, table, mined.constituents, lengths)
         if self.mode == "dynamic":
             return self._by_batch(program, calibration, network, trained)

@@ -231,7 +231,7 @@ class Writer:
         return plain + kept[:base], whole + kept[base:]
 
 
-class LongestMatch(LogitsProcessor):  # type: ignore[misc]
+class LongestMatch(LogitsProcessor):
     """Rules out what would complete a longer token than one that this model has just written.
 
     Args:
@@ -256,7 +256,7 @@ class LongestMatch(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-class Among(LogitsProcessor):  # type: ignore[misc]
+class Among(LogitsProcessor):
     """Runs processors on the tokens that can be written at all, which are few among a million.
 
     Args:

@@ -87,6 +87,6 @@ def _built(rows: Tensor, states: Tensor) -> tuple[Any, Tensor]:
     index = faiss.IndexPQFastScan(parts * SUB, parts, 4, faiss.METRIC_INNER_PRODUCT)
     some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:TRAIN]
     index.train((rows[some].float() @ turn).numpy())
-    for part in rows.split(CHUNK):
+    for part in torch.split(rows, CHUNK):
         index.add((part.float() @ turn).numpy())
     return index, back
