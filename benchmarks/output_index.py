@@ -109,7 +109,7 @@ def main() -> int:
                 runs.setdefault(name, []).extend(took)
         print({name: f"{statistics.median(times) * 1e3:.1f} ms" for name, times in runs.items()}, flush=True)
     parts = _parts(model, writer, fresh)
-    row = {
+    row: dict[str, Any] = {
         name: {"step_s": statistics.median(times), "quartiles_s": statistics.quantiles(times, n=4)[::2]}
         for name, times in runs.items()
     }
@@ -156,7 +156,7 @@ def _hidden(model: Any, calibration: Calibration, split: str, count: int) -> tor
 def _pairs(tokens: int, count: int) -> torch.Tensor:
     """Different pairs of tokens, int32 [count, 2]."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(tokens * tokens, (count + count // 100,), generator=generator).unique()
+    drawn = torch.randint(tokens * tokens, (count + count // 100,), generator=generator).unique()  # type: ignore[no-untyped-call]
     drawn = drawn[torch.randperm(len(drawn), generator=generator)[:count]]
     return torch.stack([drawn // tokens, drawn % tokens], 1).int()
 
@@ -195,7 +195,7 @@ def _recall(writer: Any, states: torch.Tensor, count: int = 256) -> dict[str, An
     """How many of the rows with the largest logits the index finds, and of their probability (softmax over all)."""
     some = states[torch.randperm(len(states), generator=torch.Generator().manual_seed(1))[:count]]
     first = top = mass = 0.0
-    for part in some.split(16):
+    for part in torch.split(some, 16):
         numbers, _ = writer.index(part)
         logits = part @ writer.index.rows.T
         best = logits.topk(TOP, dim=-1).indices

@@ -159,7 +159,8 @@ class OutputRows(nn.Module):
     def forward(self, which: Tensor) -> Tensor:
         """[tokens] -> [tokens, width]."""
         shared = self.features[which] @ self.map / self.features.shape[1] ** 0.5
-        return self.start[which, None] * self.constant + shared + self.own[which]
+        found: Tensor = self.start[which, None] * self.constant + shared + self.own[which]
+        return found
 
 
 @dataclass(frozen=True)
