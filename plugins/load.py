@@ -67,5 +67,5 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str = "auto", kernels:
         raise ArtifactError(f"{path} lacks the weights {', '.join(lost[:3])}: copy or compile it again")
     use_kernels(model, kernels)
     set_reader(model, tokenizer)
-    writer_of(model)  # which may take seconds, and may find that something is missing
+    writer_of(model)  # which takes a while for many tokens, and may find that something is missing
     return Loaded(model.eval().requires_grad_(False), tokenizer)

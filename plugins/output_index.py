@@ -5,7 +5,7 @@ tokens. Few rows are simply all multiplied, and so are any number on a GPU. Many
 for every four dimensions (FAISS's product quantizer with its fast scan), which finds the candidates; the rows
 themselves give the candidates' logits. The quantizer keeps distances, where it is logits that matter, so rows are
 turned and scaled first by what hidden states are like: with C = E[h hᵀ], the squared error of C^½ x is the expected
-squared error of the logit h·x. Nothing of the index is stored: a million rows take seconds to build.
+squared error of the logit h·x. Nothing of the index is stored: it is built at load.
 """
 
 from __future__ import annotations
