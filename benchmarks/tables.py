@@ -14,6 +14,8 @@ engines   engines-demo.json, what benchmarks/engines.py wrote: TensorRT-RTX, bui
 onnx      onnx-demo.json, what benchmarks/onnx_speed.py wrote: ONNX Runtime, the artifact beside the dense model
 merged    merged-demo.json, what benchmarks/merged_tokens.py wrote: quality by how embeddings are predicted
 lengths   merged-text.json, what benchmarks/merged_text.py wrote: tokens saved, speed, round trips
+index     output-index.json, what benchmarks/output_index.py wrote: decode over a million merged tokens
+vllm      vllm-merged.json, what benchmarks/vllm_merged.py wrote: an artifact in vLLM beside stock Transformers
 routing   routing-demo.json, what benchmarks/routing.py wrote: forecasting, skipping, dropping, chance
 """
 
@@ -21,16 +23,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsec.export.evaluation import made_of, tables
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
 
 from blocks import documents, main  # noqa: E402  a script's folder, not a package
+from merged_tables import large, lengths, markdown, merged, vllm  # noqa: E402
 
 SHOWN = ("PLUGIN_V3", "KV_CACHE_UPDATE", "TOPK")  # kinds of layers that a table names
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,7 +59,7 @@ def evaluation(result: Mapping[str, Any]) -> str:
     parts = []
     for table in tables(result):
         parts += [f"**{table.title}**", ""] if table.title else []
-        parts += [*_markdown(table.head, table.rows, table.left), "", table.note, ""]
+        parts += [*markdown(table.head, table.rows, table.left), "", table.note, ""]
     return "\n".join([*parts, "; ".join(made_of(result, Path(result["text"]["spec"]).name)) + "."])
 
 
@@ -79,7 +82,7 @@ def indexers(result: Mapping[str, Any]) -> str:
     )
     made = f"{result['device']}, torch {result['versions']['torch']}; {result['text']}: `{result['command']}`."
     note = f"By the true attention instead of an indexer, the same rule keeps: {perfect}. {made}"
-    return "\n".join([*_markdown(head, rows, 2), "", note])
+    return "\n".join([*markdown(head, rows, 2), "", note])
 
 
 def sharing(result: Mapping[str, Any]) -> str:
@@ -95,7 +98,7 @@ def sharing(result: Mapping[str, Any]) -> str:
         work = f"{one['candidates']} candidates, {done:,} of {plain:,} layer evaluations ({done / plain:.0%})"
         searches.append(f"{order}: `{one['pattern']}`, {work}, {one['seconds']:.0f} s")
     head = ["", "pattern", "asked values named", "nats"]
-    return "\n".join([*_markdown(head, rows, 2), "", f"Searches: {'; '.join(searches)}. {_made(result)}"])
+    return "\n".join([*markdown(head, rows, 2), "", f"Searches: {'; '.join(searches)}. {_made(result)}"])
 
 
 def cheaper(result: Mapping[str, Any]) -> str:
@@ -107,7 +110,7 @@ def cheaper(result: Mapping[str, Any]) -> str:
             shares = [f"{choice[figure]:.1%}" for figure in ("iou", "recovered")] if choice else ["", ""]
             rows.append([name, *shares, *_answers(row)])
     head = ["", "IoU", "recovered", "asked values named", "nats"]
-    return "\n".join([*_markdown(head, rows, 1), "", _made(result)])
+    return "\n".join([*markdown(head, rows, 1), "", _made(result)])
 
 
 def kernels(result: Mapping[str, Any]) -> str:
@@ -136,7 +139,7 @@ def kernels(result: Mapping[str, Any]) -> str:
     )
     made = f"{result['device']}, torch {result['versions']['torch']}: `{result['command']}`."
     note = f" {result['note']}" if "note" in result else ""
-    return "\n".join([*_markdown(head, rows, 2), "", f"{floor} {made}{note}"])
+    return "\n".join([*markdown(head, rows, 2), "", f"{floor} {made}{note}"])
 
 
 def routing(result: Mapping[str, Any]) -> str:
@@ -164,7 +167,7 @@ def routing(result: Mapping[str, Any]) -> str:
     last = result["runs"][-1]
     on = f"{last['device']}, torch {last['versions']['torch']}"
     made = f"{on}, windows of {last['context']:,} tokens: `{last['command']}`."
-    lines = [*_markdown(head, rows, 2), "", made]
+    lines = [*markdown(head, rows, 2), "", made]
     for row in result["speed"]:
         where = f"{row['shape']}, {row['dtype']}, {row['batch']} x {row['length']:,} tokens, {row['device']}"
         lines += ["", f"{row['what']}, {where}: {row['speedup']:.2f} times dense ({row['dense']}), `{row['command']}`."]
@@ -197,9 +200,9 @@ def gate(result: Mapping[str, Any]) -> str:
     )
     return "\n".join(
         [
-            *_markdown(["", "wall-clock", "CPU", "load", "checks"], rows, 1),
+            *markdown(["", "wall-clock", "CPU", "load", "checks"], rows, 1),
             "",
-            *_markdown(["changed and hashed again", "where", "hashes hold", "caught", "by"], caught, 5),
+            *markdown(["changed and hashed again", "where", "hashes hold", "caught", "by"], caught, 5),
             "",
             note,
         ]
@@ -234,7 +237,7 @@ def onnx(result: Mapping[str, Any]) -> str:
     if "load" in result:
         made += f", where {result['load']:.0f} processes wanted a core"
     note = f"Decode {result['ratio']:.2f} times as fast. {parity} {made}; {versions}: `{result['command']}`."
-    return "\n".join([*_markdown(head, rows, 1), "", note])
+    return "\n".join([*markdown(head, rows, 1), "", note])
 
 
 def engines(result: Mapping[str, Any]) -> str:
@@ -252,60 +255,7 @@ def engines(result: Mapping[str, Any]) -> str:
         f"{known}; plugins: {', '.join(kinds)}. TensorRT-RTX {result['versions']['tensorrt_rtx']}, no GPU: "
         f"`{result['command']}`."
     )
-    return "\n".join([*_markdown(["engine", "size", "built in", "layers", "of them"], rows, 1), "", made])
-
-
-def merged(result: Mapping[str, Any]) -> str:
-    """Quality of merged prompts by how embeddings are predicted, of what benchmarks/merged_tokens.py found."""
-    systems = result["systems"]
-    plain = systems["unmerged"]
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for name, row in systems.items():
-        groups.setdefault(name.split(", seed ")[0], []).append(row)
-    rows = []
-    for name, found in groups.items():
-        cells = []
-        for kind in ("text", "recalled"):
-            bits = [row[kind]["bits_per_byte"] for row in found]
-            mean = sum(bits) / len(bits)
-            spread = f" ({min(bits):.4f} to {max(bits):.4f})" if len(bits) > 1 else ""
-            cells += [f"{mean:.4f}{spread}", f"{mean / plain[kind]['bits_per_byte'] - 1:+.1%}"]
-        positions = found[0]["text"]["positions"] / plain["text"]["positions"]
-        rows.append([name, f"{positions:.1%}", *cells, str(len(found))])
-    head = ["prompt read", "positions", "text", "against unmerged", "beginning recalled", "against unmerged", "seeds"]
-    options, held = result["options"], result["heldout"]
-    windows = f"{options['windows']} windows of text and {options['recalled']} of recall"
-    note = (
-        f"Bits per byte of decode rows in base tokens; {windows}, {options['length']:,} tokens each. "
-        f"{result['merges']:,} merges save {held['saved']:.1%} of the tokens of held-out text. "
-        f"{result['device']}, torch {result['versions']['torch']}: `{result['command']}`."
-    )
-    return "\n".join([*_markdown(head, rows, 1), "", note])
-
-
-def lengths(result: Mapping[str, Any]) -> str:
-    """What merges save by text and language, and what they cost, of what benchmarks/merged_text.py found."""
-    rows = []
-    found = {**result["domains"], **{k: v["merged"] for k, v in result["languages"].items() if "merged" in v}}
-    for name, one in found.items():
-        cut = [f"{one['heldout'][count]['saved']:.1%}" if count in one["heldout"] else "" for count in ("1000", "5000")]
-        known = result["languages"].get(name)
-        shape = [known["script"], f"{known['characters_a_token']:.2f}"] if known else ["", ""]
-        rows.append([name, *shape, f"{one['mined_from']:,}", *cut, f"{one['merges']:,}"])
-    head = ["text", "script", "characters a token before", "mined from", "1,000 merges", "5,000", "there were"]
-    first = next(iter(result["domains"].values()))
-    trip, speed, prompt = result["round_trip"], result["encoding"], result["prompt"]
-    broken = sum(trip["differ_from_before"].values())
-    notes = (
-        f"Tokens saved on held-out text of the same kind. {first['merges']:,} merges from {first['mined_from']:,} "
-        f"tokens take {first['mining_seconds']:.1f} s of processor time, tokenizing and trying the wider pieces before "
-        f"it {first['reading_seconds']:.1f} s. Round trip: {trip['bytes'] / 1e6:.1f} MB in {len(trip['scripts'])} "
-        f"scripts, {broken} of {trip['texts']} texts come back otherwise than from the base tokenizer. Encoding: "
-        f"{speed['speed']:.2f} times the base tokenizer's speed. A prompt of {prompt['base_positions']:,} tokens: "
-        f"{prompt['positions']:.1%} of the positions in {prompt['time']:.1%} of the time. {result['device']}, torch "
-        f"{result['versions']['torch']}: `{result['command']}`."
-    )
-    return "\n".join([*_markdown(head, rows, 2), "", notes])
+    return "\n".join([*markdown(["engine", "size", "built in", "layers", "of them"], rows, 1), "", made])
 
 
 def _answers(row: Mapping[str, Any]) -> list[str]:
@@ -321,11 +271,6 @@ def _made(result: Mapping[str, Any]) -> str:
     return f"{shape}; {bounds}. {judged}; {result['device']}, torch {torch}: `{result['command']}`."
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return [f"| {' | '.join(line)} |" for line in (head, rule, *rows)]
-
-
 TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "eval": ("eval-demo", "make bench", evaluation),
     "passes": ("distill-demo", "make table", evaluation),
@@ -339,6 +284,12 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
         "python benchmarks/merged_text.py -o benchmarks/results/merged-text.json && make docs",
         lengths,
     ),
+    "index": (
+        "output-index",
+        "python benchmarks/output_index.py -o benchmarks/results/output-index.json && make docs",
+        large,
+    ),
+    "vllm": ("vllm-merged", "python benchmarks/vllm_merged.py ARTIFACT", vllm),
     "routing": ("routing-demo", "python benchmarks/routing.py quality && make docs", routing),
     "onnx": ("onnx-demo", "python benchmarks/onnx_speed.py out/demo -o benchmarks/results/onnx-demo.json", onnx),
     "engines": (

@@ -28,6 +28,7 @@ from sparsec.calibrate import (
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.tasks_frame import GOLDEN, Draw, Haystack, Hidden, Listing, Prompt, assemble, least_gap
 from sparsec.errors import UsageError
+from sparsec.plugins.merged_writing import base_tokens
 from sparsec.plugins.vocabulary import read
 
 __all__ = ["GROUPS", "TASKS", "Haystack", "Prompt", "Score", "answer_batch", "greedy", "named", "prompts", "score"]
@@ -223,7 +224,8 @@ def greedy(model: Any, tokenizer: Any, max_new_tokens: int, *, stop: bool = True
     """Inside the block ``model.generate`` is plainly greedy.
 
     Settings that come with a model (repetition penalty, suppressed tokens) would change the answers, and
-    arguments of ``generate`` do not reset them all. Without ``stop`` no token ends the text.
+    arguments of ``generate`` do not reset them all. Without ``stop`` no token ends the text. What is written are tokens
+    of the base vocabulary, so that texts and their lengths can be compared.
     """
     own = model.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
@@ -234,6 +236,7 @@ def greedy(model: Any, tokenizer: Any, max_new_tokens: int, *, stop: bool = True
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end if stop else None, pad_token_id=pad
     )
     try:
-        yield
+        with base_tokens():
+            yield
     finally:
         model.generation_config = own

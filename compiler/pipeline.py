@@ -165,7 +165,7 @@ class _Compile:
 
     def run_pass(self, each: Pass) -> None:
         """One pass, or its stored result."""
-        by_batch, program = _without_batches(self.program)
+        own, program = _without_own(self.program)
         missing = lacks(program.plan, each.needs)
         if missing:
             raise ArtifactError(f"{each.name} needs {missing[0]}, which the passes before it did not leave")
@@ -180,8 +180,8 @@ class _Compile:
             code=code_digest(each),
         )
         plan = Plan.parse(data["plan"])
-        if by_batch:
-            plan, tensors = plan.edit(vocabulary=self.program.plan.vocabulary), tensors | by_batch
+        if own:
+            plan, tensors = plan.edit(vocabulary=self.program.plan.vocabulary), tensors | own
         record = PassRecord(name=each.name, config=config).model_dump(mode="json")
         plan = plan.edit(passes=[*(p.model_dump(mode="json") for p in program.plan.passes), record])
         trained = {name.removeprefix(WEIGHTS): tensors.pop(name) for name in list(tensors) if name.startswith(WEIGHTS)}
@@ -355,14 +355,19 @@ class _Compile:
         return stored
 
 
-def _without_batches(program: Program) -> tuple[dict[str, Tensor], Program]:
-    """The tensors of merging by the batch, and the program without it: passes measure on base tokens, as they come."""
+def _without_own(program: Program) -> tuple[dict[str, Tensor], Program]:
+    """The tensors that merging by the batch, or writing merged tokens, needs, and the program without them.
+
+    Passes measure on base tokens where a batch is merged, and what they measure writes base tokens.
+    """
     names = vocabulary.stored_names(program.plan)
     if not names:
         return {}, program
     rest = {name: tensor for name, tensor in program.tensors.items() if name not in names}
     own = {name: program.tensors[name] for name in names}
-    return own, replace(program, plan=program.plan.edit(vocabulary=None), tensors=rest)
+    frozen = program.plan.frozen
+    plain = None if frozen is None else {**frozen.model_dump(), "write": "base"}
+    return own, replace(program, plan=program.plan.edit(vocabulary=plain), tensors=rest)
 
 
 def _run(each: Pass, program: Program, calibration: Calibration) -> tuple[Any, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 config.json, generation_config.json, tokenizer files   the model's own; config.json gains "sparsec_config"
 model*.safetensors                                      the base weights: unchanged files where no pass trained them
-sparsec.safetensors                                     what the plan added
+sparsec.safetensors                                     what the plan added; model.safetensors.index.json without it
 manifest.json                                           sha256 of every other file, and how it was made
 golden.json                                             what the artifact does on fixed prompts
 measurements.json, report.html, README.md               what was measured
@@ -32,6 +32,7 @@ from sparsec.plan import Plan
 from sparsec.plugins.auto import write_tensors
 
 SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 SPARE = 64 << 20  # bytes left for reports and file-system overhead
@@ -184,6 +185,14 @@ def write_model(
     write_json(aside / CONFIG, {**settings, PLAN_KEY: plan.to_json()})
     if tensors:
         write_tensors(aside / TENSORS, tensors)
+        _index(aside)
+
+
+def _index(aside: Path) -> None:
+    """An index of the weights where there is one file of them: vLLM loads every safetensors file that none names."""
+    if (aside / SINGLE).is_file() and not (aside / INDEX).exists():
+        names = sorted(_stored_names(aside / SINGLE))
+        write_json(aside / INDEX, {"metadata": {}, "weight_map": dict.fromkeys(names, SINGLE)})
 
 
 def _stored_names(file: Path) -> set[str]:

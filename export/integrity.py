@@ -17,6 +17,7 @@ from sparsec.export.headers import read_header
 from sparsec.export.manifest import Manifest, read_manifest
 from sparsec.layout import CONFIG, MANIFEST, MEASUREMENTS, PLAN_KEY, TENSORS, read_json, read_plan, sha256
 from sparsec.plan import Plan
+from sparsec.plugins.merged_writing import MERGES
 from sparsec.plugins.onnx_runner import MANIFEST as EXPORT
 from sparsec.plugins.runtime import tensor_names
 
@@ -164,7 +165,7 @@ def _tensors(path: Path, plan: Plan) -> int:
             raise PlanError(f"{path / TENSORS} lacks {name}, which the plan needs: compile again")
         if found[name].shape != shape:
             raise PlanError(f"{path / TENSORS}: {name} has shape {found[name].shape}, the plan needs {shape}")
-        if not found[name].dtype.startswith(("F", "BF")):
+        if name != MERGES and not found[name].dtype.startswith(("F", "BF")):
             raise PlanError(f"{path / TENSORS}: {name} is of type {found[name].dtype}, not floating point")
     for name in found:
         if name not in needed:

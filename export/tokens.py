@@ -24,7 +24,7 @@ def tokens(run: Mapping[str, Any]) -> str:
     parts = [
         paragraph(
             f"Held-out text of {count(before)} tokens takes {count(after)} with {name}: "
-            f"{percent(held['saved'])} fewer. They are read, never written."
+            f"{percent(held['saved'])} fewer. {_written(run)}"
         ),
         figure(
             svg.bars(bars, f"Held-out text: {count(before)} tokens before, {count(after)} after"),
@@ -46,6 +46,18 @@ def tokens(run: Mapping[str, Any]) -> str:
     if "first" in run:
         parts.append(folded("The first merged tokens", paragraph(" | ".join(run["first"][:SHOWN]))))
     return section("tokens", "Merged tokens", *parts)
+
+
+def _written(run: Mapping[str, Any]) -> str:
+    if "written" not in run:
+        return "They are read, never written."
+    found = run["written"]
+    steps, bits = 1 - found["steps"] / found["tokens"], found["bits_merged"] / found["bits_base"] - 1
+    return (
+        f"They are read and written. Text that is written in them takes {percent(steps)} fewer steps, and "
+        f"{percent(bits)} more bits than the base model gives it (on {count(found['tokens'])} tokens, from the "
+        "base model's hidden states)."
+    )
 
 
 def _tokenizers(found: Mapping[str, Any]) -> list[str]:

@@ -235,7 +235,8 @@ def runs(plan: Plan) -> list[tuple[str, str]]:
     out = [("retrieval heads", f"{count(kept)} of {count(heads)} query heads, in {holding} of {shape.layers} layers")]
     if plan.vocabulary is not None:
         words = plan.vocabulary
-        kind = f"merged tokens ({words.boundary}) on {count(words.base)}: read in prompts, never written"
+        written = "never written" if words.write == "base" else "written by sparsec's runtime"
+        kind = f"merged tokens ({words.boundary}) on {count(words.base)}: read in prompts, {written}"
         if words.mode == "dynamic":
             kind += "; found in each batch, through sparsec.load alone"
             out.append(("vocabulary", f"at most {count(words.merged)} {kind}"))

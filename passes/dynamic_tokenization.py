@@ -19,19 +19,25 @@ from sparsec.calibrate.consistency import consistency
 from sparsec.calibrate.hypernetwork import imitate, new_hypernetwork
 from sparsec.calibrate.merged_distillation import Rows, Settings, as_windows, distil
 from sparsec.calibrate.merged_embeddings import estimate, never_sampled
+from sparsec.calibrate.merged_output import OutputSettings, fit_output, read_states, written_bits
 from sparsec.calibrate.merges import Mined, batch_share, mine_text, saved_share
 from sparsec.calibrate.splits import Calibration
+from sparsec.calibrate.zett import open_zett
 from sparsec.errors import PlanError, UsageError
 from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
-from sparsec.plan import Plan
+from sparsec.plan import Plan, Vocabulary
+from sparsec.plugins.byte_level import ByteLevel
 from sparsec.plugins.dynamic_merging import NETWORK
 from sparsec.plugins.hypernetwork import Hypernetwork, Pieces, embeddings
+from sparsec.plugins.merged_writing import MERGES, OUTPUT, Spelling, Writer, check_head
+from sparsec.plugins.merged_writing import STATES as STATES_OF
 from sparsec.plugins.vocabulary import INPUT, NEVER
 
 MULTIPLE = 64  # embedding rows come in such numbers, as kernels like them
 SHOWN = 40  # merged tokens that the report lists
 PROBE = (4, 256)  # held-out windows, and tokens of each, that are read in several segmentations
 BATCH_LEAST = 2  # merging by the batch takes every pair that is there twice, as the authors' code does
+WRITTEN = (200, 24, 16)  # windows, of train, search and held-out text, for output rows
 STATES = (4, 512)  # windows and tokens that the row which is never sampled is fitted on
 
 
@@ -58,8 +64,12 @@ class DynamicTokenization(Pass):
         default="phrase", description="what a merged token stays in: the tokenizer's pretoken, a word, up to 16 words"
     )
     least: int = Field(default=4, ge=2, description="a pair that the train text has less often is not merged")
-    prediction: Literal["mean", "local", "global", "hybrid", "hypernetwork"] = Field(
-        default="hypernetwork", description="of embeddings: the mean of the pieces, TokenAdapt's, or trained here"
+    prediction: Literal["mean", "local", "global", "hybrid", "hypernetwork", "zett"] = Field(
+        default="hypernetwork",
+        description="of embeddings: mean of the pieces, TokenAdapt's, trained here, or ZeTT's",
+    )
+    zett: str | None = Field(
+        default=None, description="prediction=zett: folder or Hub name of a hypernetwork of ZeTT for this base model"
     )
     imitation_steps: int = Field(default=200, ge=0, description="steps on tokens that the vocabulary has")
     steps: int = Field(default=60, ge=0, description="steps against the model on unmerged text")
@@ -69,13 +79,18 @@ class DynamicTokenization(Pass):
     depth: int | None = Field(
         default=8, ge=1, description="layers behind which both are compared; null: all, and next tokens too"
     )
+    write: Literal["base", "merged"] = Field(
+        default="base",
+        description="what is generated: tokens of the base vocabulary, or merged ones too",
+    )
+    write_steps: int = Field(default=200, ge=0, description="write=merged: steps of the new output rows alone")
     lr: float = Field(default=5e-4, gt=0, description="peak rate of the hypernetwork")
     row_lr: float = Field(default=3e-3, ge=0, description="of a correction to each row; 0: none")
 
     def tier_of_run(self) -> Tier:
         """Heuristics train nothing; all layers are for a GPU."""
         if self.prediction != "hypernetwork":
-            return "training-free"
+            return "minutes" if self.write == "merged" and self.write_steps else "training-free"
         return "minutes" if self.depth is not None else "hours"
 
     def run(self, program: Program, calibration: Calibration) -> PassResult:
@@ -84,8 +99,17 @@ class DynamicTokenization(Pass):
             raise PlanError("the plan has merged tokens already: run dynamic-tokenization once")
         if self.mode == "dynamic" and self.prediction not in ("mean", "hypernetwork"):
             raise UsageError(f"prediction={self.prediction} is for frozen merges: take mean or hypernetwork in a batch")
+        if (self.prediction == "zett") != (self.zett is not None):
+            raise UsageError("prediction=zett and zett=FOLDER go together: set both, or neither")
         model = program.model
+        if self.write == "merged":
+            if self.mode == "dynamic":
+                raise UsageError("write=merged is for frozen merges: take mode=static, or write=base")
+            check_head(model)
         table, head, tied = embeddings(model)
+        opened = None
+        if self.zett is not None:
+            opened = open_zett(self.zett, ByteLevel.of(calibration.tokenizer), table.shape[1], len(table), tied)
         mined = mine_text(
             calibration,
             self.merges,
@@ -98,10 +122,15 @@ class DynamicTokenization(Pass):
         if self.prediction == "hypernetwork":
             fitted, trained = self._trained(program, calibration, mined)
             rows, network = fitted.all(), fitted.network
+        elif opened is not None:
+            names = {token: word for word, token in mined.base.vocabulary.items()}
+            words = ["".join(names[part] for part in parts) for parts in mined.constituents]
+            rows, network = opened.rows(words, table, head, tied), None
         else:
             network = None
             size = mined.base.bytes_of
             lengths = [[len(size[part] or b"") for part in parts] for parts in mined.constituents]
+            assert self.prediction != "zett"  # without its folder it is refused
             rows = estimate(self.prediction, table, mined.constituents, lengths)
         if self.mode == "dynamic":
             return self._by_batch(program, calibration, network, trained)
@@ -114,6 +143,7 @@ class DynamicTokenization(Pass):
             "rows": -(-(len(table) + count) // MULTIPLE) * MULTIPLE,
             "width": table.shape[1],
             "boundary": self.boundary,
+            "write": self.write,
         }
         held = saved_share(mined, calibration.tokenizer, [one.text for one in calibration.texts("heldout")])
         measured = {
@@ -130,11 +160,16 @@ class DynamicTokenization(Pass):
             **trained,
         }
         tensors: dict[str, Tensor] = {INPUT: rows.float().cpu().contiguous(), NEVER: never.cpu().contiguous()}
+        if self.write == "merged":
+            output, measured["written"] = self._written(program, calibration, mined, head, vocabulary)
+            tensors |= output
         return PassResult(program.plan.edit(vocabulary=vocabulary), {**program.tensors, **tensors}, measured)
 
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """A step is a teacher's forward, and a forward and a backward to the embeddings, of a share of the layers."""
         states = STATES[0] * STATES[1]
+        if self.write == "merged":
+            states += (min(self.windows, WRITTEN[0]) + WRITTEN[1] + WRITTEN[2]) * self.context
         if self.prediction != "hypernetwork":
             return Cost(tokens=states)
         share = 1.0 if self.depth is None else min(1.0, self.depth / plan.model.layers)
@@ -211,6 +246,32 @@ class DynamicTokenization(Pass):
                 "windows": len(windows),
             }
         return rows, found
+
+    def _written(
+        self, program: Program, calibration: Calibration, mined: Mined, head: Tensor, vocabulary: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors that writing merged tokens needs, and what text costs in them."""
+        model, seed = program.model, program.seed
+        length = min(calibration.longest(split, self.context) for split in ("train", "search", "heldout"))
+        train, search, held = (
+            read_states(
+                model,
+                head,
+                calibration.windows(split, length, min(most, calibration.available(split, length)), seed=seed),
+                self.batch,
+                program.listen,
+            )
+            for split, most in zip(
+                ("train", "search", "heldout"), (min(self.windows, WRITTEN[0]), *WRITTEN[1:]), strict=True
+            )
+        )
+        merges = torch.tensor([merge[:2] for merge in mined.merges], dtype=torch.int32)
+        spelling = Spelling(merges, mined.first)
+        settings = OutputSettings(self.write_steps, seed=seed)
+        rows, states, found = fit_output(spelling, head, train, search, settings, program.listen)
+        tensors = {OUTPUT: rows.contiguous(), STATES_OF: states.contiguous(), MERGES: merges}
+        writer = Writer(head, Vocabulary(**vocabulary), tensors, exact=len(rows))
+        return tensors, found | written_bits(writer, held)
 
     @torch.no_grad()
     def _states(self, model: Any, calibration: Calibration, seed: int) -> Tensor:

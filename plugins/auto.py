@@ -21,6 +21,7 @@ from sparsec.errors import ArtifactError
 from sparsec.layout import PLAN_KEY, TENSORS
 from sparsec.plan import Plan
 from sparsec.plugins.families import FAMILIES
+from sparsec.plugins.merged_writing import processors_of, writing
 from sparsec.plugins.runtime import added_tensors, install, rows_as, tensor_names, uninstall, use_kernels
 from sparsec.plugins.vocabulary import added_tensors as vocabulary_tensors
 
@@ -73,6 +74,15 @@ class SparseMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         write_tensors(Path(save_directory) / TENSORS, added_tensors(self))  # type: ignore[arg-type]
         return None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers'; where the plan says so, over base and merged tokens."""
+        with writing(self):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        made = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        return processors_of(self, made, kwargs["input_ids_seq_length"])
 
     def _prefill(self, *args: Any, **kwargs: Any) -> Any:
         # generate() says here which rows are prompt rows, even where a chunk of them has one token.

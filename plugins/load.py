@@ -14,6 +14,7 @@ from sparsec.errors import ArtifactError
 from sparsec.layout import check_tensors, read_plan
 from sparsec.plugins.device import check_dtype, device_map
 from sparsec.plugins.kernels.support import Kernels
+from sparsec.plugins.merged_writing import writer_of
 from sparsec.plugins.quiet import silenced
 from sparsec.plugins.runtime import use_kernels
 from sparsec.plugins.vocabulary import set_reader
@@ -66,4 +67,5 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str = "auto", kernels:
         raise ArtifactError(f"{path} lacks the weights {', '.join(lost[:3])}: copy or compile it again")
     use_kernels(model, kernels)
     set_reader(model, tokenizer)
+    writer_of(model)  # which takes a while for many tokens, and may find that something is missing
     return Loaded(model.eval().requires_grad_(False), tokenizer)

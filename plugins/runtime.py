@@ -23,7 +23,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from sparsec.errors import PlanError
 from sparsec.plan import Plan
-from sparsec.plugins import dsa, vocabulary
+from sparsec.plugins import dsa, merged_writing, vocabulary
 from sparsec.plugins.attention import Step, layer_runtime, sparsec_attention
 from sparsec.plugins.cache import PlanLayer, SparseLayer
 from sparsec.plugins.families import attention_modules, native_local_layers, shape_of
@@ -88,6 +88,8 @@ def check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
             raise PlanError(f"{name} has shape {tuple(tensors[name].shape)}, the plan needs {size}: compile again")
         if not bool(torch.isfinite(tensors[name]).all()):
             raise PlanError(f"{name} holds values that are not finite: compile again")
+    if plan.vocabulary is not None and plan.vocabulary.write == "merged":
+        merged_writing.check_output(model, plan.vocabulary, tensors)
     for name in tensors:
         if name not in expected:
             raise PlanError(f"the plan has no place for the tensor {name}: compile again")
@@ -111,6 +113,7 @@ def install(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None
     if plan.vocabulary is not None and vocabulary.check(model, plan.vocabulary):
         before = vocabulary.extend(model, plan.vocabulary, tensors)
         object.__setattr__(model, "sparsec_base", before)
+    merged_writing.keep_output(model, plan, tensors)
     hooks: list[Any] = []
     if plan.dsa is not None:
         dsa.install(model, plan)
@@ -171,6 +174,7 @@ def uninstall(model: nn.Module) -> None:
     if before is not None:
         vocabulary.restore(model, before)
     vocabulary.set_reader(model, None)
+    merged_writing.drop_output(model)
     del model.sparsec_installed, model.sparsec_plan
     decoder = model.get_decoder()  # type: ignore[operator]
     del decoder.sparsec_plan, decoder.sparsec_modules, decoder.sparsec_kernels, decoder.sparsec_routed
@@ -280,7 +284,8 @@ def kv_bytes(cache: Cache) -> int:
 
 def added_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The plan's tensors of a model that runs one, by their names in the artifact."""
-    return routing_tensors(model, model.sparsec_plan) | {  # type: ignore[arg-type]
+    kept = routing_tensors(model, model.sparsec_plan) | merged_writing.output_tensors(model)  # type: ignore[arg-type]
+    return kept | {
         f"model.layers.{i}.self_attn.indexer.{name}": tensor
         for i, module in enumerate(attention_modules(model))
         if isinstance(indexer := getattr(module, "indexer", None), Indexer)

@@ -2,7 +2,8 @@
 
 Input rows are what a pass predicted. All output rows behind the base vocabulary are one and the same: a row whose logit
 is far below every other's, so that no engine, whatever its sampler, writes a merged token or one that only
-fills the matrix up to a multiple of 64. A model with tied embeddings is untied for that.
+fills the matrix up to a multiple of 64. A model with tied embeddings is untied for that. Where the plan writes merged
+tokens their own output rows stand beside the model (merged_writing.py): a softmax over all rows would be no right one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sparsec.errors import PlanError
 from sparsec.plan import Plan, Vocabulary
 from sparsec.plugins.byte_level import ByteLevel, Pieces
 from sparsec.plugins.dynamic_merging import NETWORK, BatchReader, network_shapes
+from sparsec.plugins.merged_writing import output_names
 from sparsec.plugins.merging import Merger
 
 INPUT = "vocabulary.input.weight"  # [merged, width]
@@ -34,10 +36,10 @@ def tensor_names(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 def stored_names(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The tensors that merging by the batch needs whenever it runs, with their shapes."""
+    """The tensors that merging by the batch, or writing merged tokens, needs whenever it runs, with their shapes."""
     own = plan.vocabulary
     if own is None or own.mode != "dynamic":
-        return {}
+        return {} if own is None else output_names(own)
     return network_shapes(own.width, own.inputs) if own.inputs is not None else {}
 
 

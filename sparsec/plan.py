@@ -174,7 +174,8 @@ class Routing(Strict):
 class Vocabulary(Strict):
     """Merged tokens beside the model's own: prompts are read in fewer positions (docs/passes/dynamic-tokenization.md).
 
-    Merged tokens are read and never written: what is generated are tokens of the base vocabulary.
+    Merged tokens are read. Unless ``write`` says otherwise, they are never written: what is generated are tokens of the
+    base vocabulary.
     """
 
     mode: Literal["static", "dynamic"] = Field(
@@ -191,11 +192,17 @@ class Vocabulary(Strict):
         default=None, description="dynamic: what gives embeddings, the mean of the pieces or the stored hypernetwork"
     )
     inputs: int | None = Field(default=None, ge=1, description="numbers that the hypernetwork reads of a piece")
+    write: Literal["base", "merged"] = Field(
+        default="base",
+        description="what generate() writes; merged: by sparsec alone, others write base tokens",
+    )
 
     @model_serializer(mode="wrap")
     def _without_null(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Static plans keep the digests that they had before there were dynamic ones."""
+        """Plans keep the digests that they had before there was mode dynamic, and before merged tokens were written."""
         data: dict[str, Any] = write(self)
+        if self.write == "base":
+            data.pop("write", None)
         return {key: value for key, value in data.items() if value is not None}
 
     @model_validator(mode="after")
@@ -205,6 +212,8 @@ class Vocabulary(Strict):
             raise ValueError("a dynamic vocabulary has least and prediction, a static one neither")
         if (self.prediction == "hypernetwork") != (self.inputs is not None):
             raise ValueError("a hypernetwork, and nothing else, has inputs")
+        if dynamic and self.write == "merged":
+            raise ValueError("tokens merged by the batch are not written")
         if self.rows < self.base + self.merged:
             raise ValueError(f"{self.rows} rows do not hold {self.base} tokens and {self.merged} merged ones")
         return self

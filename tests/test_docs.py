@@ -75,6 +75,7 @@ PARSED = {  # minutes of work: name, options and their types are checked
     "sparsec compile demo --passes dynamic-tokenization -o out/merged",
     "sparsec compile demo --passes dynamic-tokenization --tier training-free -o out/merged",
     "sparsec compile demo --passes dynamic-tokenization --set dynamic-tokenization.mode=dynamic -o out/by-batch",
+    "sparsec compile demo --passes dynamic-tokenization --set dynamic-tokenization.write=merged -o out/written",
     "sparsec compile demo --passes rtpurbo,indexcache --keep 25% -o out/quarter",
     "sparsec compile demo --recipe recipe.yaml -o out/again",
     "sparsec compile path/to/model --passes rtpurbo,indexcache --keep 25% --calibration path/to/texts -o out/model",
