@@ -141,8 +141,10 @@ class OnnxModel:
         binding.bind_output("logits")
         after = {}
         for name, store in self._stores.items():
-            # A prompt's attention reads a ring as it was, so what becomes of the ring goes elsewhere.
-            after[name] = self._empty(name, len(ids), 0) if kind == "prefill" and ".local_" in name else store
+            # A prompt's attention reads a ring as it was, so what becomes of the ring goes elsewhere; index keys
+            # are chosen slot by slot, not written over.
+            aside = kind == "prefill" and (".local_" in name or name.endswith(".index_keys"))
+            after[name] = self._empty(name, len(ids), self.slots) if aside else store
             binding.bind_ortvalue_input(name, store)
             binding.bind_ortvalue_output(name.replace("past.", "present."), after[name])
         session.run_with_iobinding(binding)

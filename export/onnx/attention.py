@@ -119,15 +119,16 @@ def traced_attention(
         windowed = tuple(h for h in rt.layer.local if h // group in stores.full_kv)
         retrieval = tuple(h for h in _heads_on(stores.full_kv, group) if h not in windowed)
         if windowed:
-            leave(windowed, _beside(call, query, k, v, windowed, stores.full_kv, group, near))
+            rows = Rows(query, k, v, windowed, stores.full_kv, group)
+            leave(windowed, _beside(call, rows, near))
         if rt.layer.index != "none" and stores.scored:
             _index(rt, call, key, stores)
         if retrieval:
             if call.decode and rt.layer.index != "none":
-                leave(retrieval, _chosen(rt, call, query, k, v, retrieval, stores, scale))
+                leave(retrieval, _chosen(rt, call, Rows(query, k, v, retrieval, stores.full_kv, group), scale))
             else:
                 every = {"window": ENDLESS, "sinks": 0, "min_context": 0, "scale": scale}
-                leave(retrieval, _causal(call, query, k, v, retrieval, stores.full_kv, group, every))
+                leave(retrieval, _causal(call, Rows(query, k, v, retrieval, stores.full_kv, group), every))
     return torch.cat([out[h] for h in range(query.shape[1])], 1).transpose(1, 2), None
 
 
@@ -145,7 +146,8 @@ def _some(x: Tensor, heads: Sequence[int]) -> Tensor:
 
 def _append(number: int, call: Call, name: str, new: Tensor, heads: Sequence[int]) -> Tensor:
     past = call.past[number, name]
-    present = node("CacheUpdate", (past, _some(new, heads), call.lengths), past.shape, past.dtype)
+    operator = "IndexUpdate" if name == STORES[4] and not call.decode else "CacheUpdate"
+    present = node(operator, (past, _some(new, heads), call.lengths), past.shape, past.dtype)
     call.present[number, name] = present
     return present
 
@@ -184,42 +186,36 @@ def _of(found: Tensor, heads: Sequence[int], every: Sequence[int]) -> Tensor:
     return _some(found, [every.index(h) for h in heads])
 
 
-def _beside(
-    call: Call,
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: Sequence[int],
-    kv_heads: tuple[int, ...],
-    group: int,
-    near: dict[str, Any],
-) -> Tensor:
+@dataclass(frozen=True)
+class Rows:
+    """Query heads that read KV heads which keep every token."""
+
+    query: Tensor  # [batch, all query heads, rows, head_dim]
+    k: Tensor  # [batch, full KV heads, slots, head_dim]; v as well
+    v: Tensor
+    heads: Sequence[int]  # the query heads that are wanted
+    kv_heads: tuple[int, ...]  # the full KV heads
+    group: int
+
+
+def _beside(call: Call, rows: Rows, near: dict[str, Any]) -> Tensor:
     """Local heads on KV heads that keep every token."""
     if not call.decode:
-        return _causal(call, query, k, v, heads, kv_heads, group, near)
-    places, every = _runs(heads, kv_heads, group)
-    q = _some(query, every)
-    found = node("BesideDecode", (q, k, v, call.lengths), q.shape, q.dtype, kv_heads=places, **near)
-    return _of(found, heads, every)
+        return _causal(call, rows, near)
+    places, every = _runs(rows.heads, rows.kv_heads, rows.group)
+    q = _some(rows.query, every)
+    found = node("BesideDecode", (q, rows.k, rows.v, call.lengths), q.shape, q.dtype, kv_heads=places, **near)
+    return _of(found, rows.heads, every)
 
 
-def _causal(
-    call: Call,
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: Sequence[int],
-    kv_heads: tuple[int, ...],
-    group: int,
-    near: dict[str, Any],
-) -> Tensor:
+def _causal(call: Call, rows: Rows, near: dict[str, Any]) -> Tensor:
     """Rows over all slots of full KV heads: dense, or windowed."""
-    places, every = _runs(heads, kv_heads, group)
-    if not call.decode and len(every) > len(heads):  # a prompt's rows cost more than a copy of the keys
-        places, every = [kv_heads.index(h // group) for h in heads], tuple(heads)
-    q = _some(query, every)
-    found = node("CausalAttention", (q, _some(k, places), _some(v, places), call.lengths), q.shape, q.dtype, **near)
-    return _of(found, heads, every)
+    places, every = _runs(rows.heads, rows.kv_heads, rows.group)
+    if not call.decode and len(every) > len(rows.heads):  # a prompt's rows cost more than a copy of the keys
+        places, every = [rows.kv_heads.index(h // rows.group) for h in rows.heads], tuple(rows.heads)
+    q = _some(rows.query, every)
+    inputs = (q, _some(rows.k, places), _some(rows.v, places), call.lengths)
+    return _of(node("CausalAttention", inputs, q.shape, q.dtype, **near), rows.heads, every)
 
 
 @torch.no_grad()
@@ -232,24 +228,15 @@ def _index(rt: LayerRuntime, call: Call, key: Tensor, stores: Stores) -> None:
     _append(rt.number, call, STORES[4], own, range(len(rt.layer.retrieval)))
 
 
-def _chosen(
-    rt: LayerRuntime,
-    call: Call,
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: Sequence[int],
-    stores: Stores,
-    scale: float,
-) -> Tensor:
+def _chosen(rt: LayerRuntime, call: Call, rows: Rows, scale: float) -> Tensor:
     """A decode row of retrieval heads: choose, or read the choice of the full layer below, and attend."""
-    plan, selector = rt.plan, rt.plan.selector
+    plan, selector, heads = rt.plan, rt.plan.selector, rows.heads
     assert selector is not None
     union = selector.scope == "layer"
     source = plan.index_source(rt.number)
     if source not in call.kept:
         assert rt.indexer is not None
-        queries = rt.indexer.queries(as_selector_sees(rt, _some(query, heads)))
+        queries = rt.indexer.queries(as_selector_sees(rt, _some(rows.query, heads)))
         index = call.present[source, STORES[4]]
         attributes: dict[str, Any] = {
             "top_p": selector.top_p,
@@ -264,13 +251,12 @@ def _chosen(
         shape = (index.shape[0], len(heads), index.shape[2])
         keep = node(name, (queries, index, call.lengths), shape, torch.bool, **attributes)
         call.kept[source] = node("Union", (keep,), (shape[0], 1, shape[2]), torch.bool) if union else keep
-    group = plan.model.group
     if union:
-        places, every = _runs(heads, stores.full_kv, group)
+        places, every = _runs(heads, rows.kv_heads, rows.group)
     else:
-        places, every = [stores.full_kv.index(h // group) for h in heads], tuple(heads)
-    q = _some(query, every)
-    found = node("ChosenDecode", (q, k, v, call.kept[source]), q.shape, q.dtype, kv_heads=places, scale=scale)
+        places, every = [rows.kv_heads.index(h // rows.group) for h in heads], tuple(heads)
+    q = _some(rows.query, every)
+    found = node("ChosenDecode", (q, rows.k, rows.v, call.kept[source]), q.shape, q.dtype, kv_heads=places, scale=scale)
     return _of(found, heads, every)
 
 
