@@ -22,7 +22,8 @@ import onnx
 from sparsec.compiler.versions import versions
 from sparsec.export.onnx.artifact import write_graphs
 from sparsec.export.onnx.divided import divide
-from sparsec.export.tensorrt import RTX_CAPABILITIES, Options, Profile, build, flavour_of, write_kernels
+from sparsec.export.tensorrt import build, flavour_of, write_kernels
+from sparsec.export.tensorrt_options import RTX_CAPABILITIES, Options, Profile
 from sparsec.plugins import tensorrt_rtx
 from sparsec.plugins.load import load
 

@@ -107,10 +107,14 @@ class OnnxModel:
             stop: tokens that end a sequence; None: the model's own.
         """
         ends = set(self.manifest["eos"] if stop is None else stop)
+        never = [token for first, behind in self.manifest.get("suppress", ()) for token in range(first, behind)]
         self.reset(len(prompts))
         logits = self.prefill(prompts)
         open_ = np.ones(len(prompts), bool)
         for count in range(max_new_tokens):
+            if never:  # as generation_config.json says, merged tokens among them
+                logits = logits.copy()
+                logits[:, never] = -np.inf
             tokens = logits.argmax(-1)
             yield [int(token) if there else None for token, there in zip(tokens, open_, strict=True)]
             open_ &= ~np.isin(tokens, list(ends))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 
 from sparsec.compiler.diagnosis import diagnosis
 from sparsec.errors import UsageError
-from sparsec.export.tensorrt import RTX_CAPABILITIES, Options, export_tensorrt, flavour_of
+from sparsec.export.tensorrt import export_tensorrt, flavour_of
+from sparsec.export.tensorrt_options import RTX_CAPABILITIES, Build, Options, Profile, parse
 
 RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 needs_rtx = pytest.mark.skipif(not RTX, reason="TensorRT-RTX is not installed: pip install '.[tensorrt-rtx]'")
@@ -30,8 +32,50 @@ def test_what_rtx_cannot_be_built_for_is_refused_before_the_work(tiny_artifact: 
         export_tensorrt(tiny_artifact, flavour="rtx", slots=64, capabilities=(89, 90))
     with pytest.raises(UsageError, match="ranks 3840 tokens at most, not 4096"):
         export_tensorrt(tiny_artifact, flavour="rtx", slots=4096)
-    with pytest.raises(UsageError, match="has no strip where there is no GPU"):
+    with pytest.raises(UsageError, match="has no strip: it needs a GPU"):
         export_tensorrt(tiny_artifact, flavour="rtx", slots=64, options=Options(strip=True))
+    with pytest.raises(UsageError, match="512 rows does not fit in 64 slots"):
+        export_tensorrt(tiny_artifact, flavour="rtx", slots=64, profile=Profile())
+
+
+def test_options_are_read(tmp_path: Path) -> None:
+    times = tmp_path / "times"
+    assert parse(["refit", "strip=false", f"timing-cache={times}", "rows=1,64,128", "capabilities=86,89"]) == Build(
+        Options(timing_cache=times, refit=True), Profile(rows=(1, 64, 128)), (86, 89)
+    )
+    assert parse([]) == Build()
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (["fast"], "there is no 'fast'. Known: refit, strip"),
+        (["refit", "refit=true"], "stands twice"),
+        (["refit=1"], "it is true or false"),
+        (["rows"], "wants a value: rows=1,256,512"),
+        (["rows=1,2"], "least, usual and most"),
+        (["batch=4,1,1"], "least, usual and most"),
+        (["batch=0,1,1"], "least, usual and most"),
+        (["capabilities=8.9"], "compute capabilities"),
+        (["timing-cache=/nowhere/times"], "name a file in a folder that is there"),
+    ],
+)
+def test_wrong_options_are_named(texts: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse(texts)
+
+
+def test_options_on_the_command_line(cli: Callable[..., Any], tiny_artifact: Path) -> None:
+    to = ("export", tiny_artifact, "--to")
+    wrong = cli(*to, "tensorrt", "--trt", "rtx", "--trt-option", "fast")
+    assert (wrong.status, "there is no 'fast'" in wrong.line) == (2, True)
+    wrong = cli(*to, "onnx", "--trt-option", "refit")
+    assert (wrong.status, "--to onnx builds none" in wrong.line) == (2, True)
+    if RTX:
+        wrong = cli(*to, "tensorrt", "--trt", "rtx", "--trt-option", "timing-cache=times")
+        assert (wrong.status, "has no timing-cache: it measures no kernels" in wrong.line) == (2, True)
+        wrong = cli(*to, "tensorrt", "--trt", "rtx", "--trt-option", "capabilities=89,90")
+        assert (wrong.status, "not 90: use --trt tensorrt" in wrong.line) == (2, True)
 
 
 @needs_rtx

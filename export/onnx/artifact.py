@@ -7,7 +7,7 @@ import importlib.util
 import io
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from sparsec.events import Event, Listener, silent
 from sparsec.export.artifact import check_room, write_json
 from sparsec.export.aside import filling, locked, sync, sync_folder
 from sparsec.export.onnx.features import check_exportable
+from sparsec.export.onnx.routing import MASKED
 from sparsec.layout import MANIFEST, read_json, read_plan, sha256
 from sparsec.plugins.load import load
 from sparsec.plugins.onnx_runner import FOLDER
@@ -131,6 +132,8 @@ def write_graphs(
         "ir_version": IR,
         "dtype": dtype,
         "eos": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+        "suppress": _ranges(model.generation_config.suppress_tokens or ()),
+        **({"routing": MASKED} if plan.routing is not None else {}),
         "operators_used": operators,
         "signature": signature,
         "versions": {name: version(name) for name in ("torch", "transformers", *PACKAGES)},
@@ -158,6 +161,17 @@ def replace(aside: Path, place: Path) -> None:
         else:
             aside.rename(place)
         sync_folder(place.parent)
+
+
+def _ranges(tokens: Iterable[int]) -> list[list[int]]:
+    """Token ids as [first, behind the last] of each run."""
+    found: list[list[int]] = []
+    for token in sorted(set(tokens)):
+        if found and found[-1][1] == token:
+            found[-1][1] += 1
+        else:
+            found.append([token, token + 1])
+    return found
 
 
 def _values(values: Any) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsec.export.onnx.attention import NAME, STORES, Call, Stores, stores_of
 from sparsec.export.onnx.files import Kind
 from sparsec.export.onnx.functions import OPSET
+from sparsec.export.onnx.routing import keep, routed
 from sparsec.plan import Plan
 from sparsec.plugins.families import attention_modules, final_norm
 
@@ -47,6 +48,7 @@ class Traced(nn.Module):
         hook = final_norm(self.model).register_forward_hook(only_last)
         try:
             positions = lengths[:, None] + torch.arange(input_ids.shape[1])
+            keep(self.model, input_ids, positions)
             logits = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).logits[:, 0]
         finally:
             hook.remove()
@@ -76,7 +78,7 @@ def trace(model: Any, kind: Kind, slots: int | None = None) -> Any:
     ids = {0: dims["batch"], **({1: dims["rows"]} if kind == "prefill" else {})}
     shapes_in = {"input_ids": ids, "lengths": {0: dims["batch"]}, "added": {0: dims["batch"]}, "stores": moving}
     past, present = ([f"{when}.{i}.{name}" for i, name in traced.names] for when in ("past", "present"))
-    with _attention(model), warnings.catch_warnings():
+    with _attention(model), routed(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             traced,
