@@ -103,10 +103,13 @@ def traced_attention(
     window, context = (stores.window, stores.min_context) if stores.window else (Window(size=ENDLESS, sinks=0), 0)
     near = {"window": window.size, "sinks": window.sinks, "min_context": context, "scale": scale}
     group = rt.plan.model.group
-    out: dict[int, Tensor] = {}  # by query head, [batch, 1, rows, head_dim]
+    parts: list[Tensor] = []  # [batch, heads, rows, head_dim]
+    found: dict[int, int] = {}  # by query head, its place in all parts
 
-    def leave(heads: Sequence[int], found: Tensor) -> None:
-        out.update(zip(heads, torch.split(found, 1, 1), strict=True))
+    def leave(heads: Sequence[int], part: Tensor, wanted: Sequence[int] | None = None) -> None:
+        behind = sum(each.shape[1] for each in parts)
+        found.update((h, behind + place) for place, h in enumerate(heads) if wanted is None or h in wanted)
+        parts.append(part)
 
     if stores.local_kv:
         heads = _heads_on(stores.local_kv, group)
@@ -116,20 +119,23 @@ def traced_attention(
             _append(rt.number, call, name, new, stores.full_kv)
             for name, new in zip(STORES[:2], (key, value), strict=True)
         )
-        windowed = tuple(h for h in rt.layer.local if h // group in stores.full_kv)
-        retrieval = tuple(h for h in _heads_on(stores.full_kv, group) if h not in windowed)
-        if windowed:
-            rows = Rows(query, k, v, windowed, stores.full_kv, group)
-            leave(windowed, _beside(call, rows, near))
+        heads = _heads_on(stores.full_kv, group)
+        windowed = tuple(h for h in heads if h in rt.layer.local)
+        retrieval = tuple(h for h in heads if h not in windowed)
+        rows = Rows(query, k, v, stores.full_kv, group)
         if rt.layer.index != "none" and stores.scored:
             _index(rt, call, key, stores)
-        if retrieval:
-            if call.decode and rt.layer.index != "none":
-                leave(retrieval, _chosen(rt, call, Rows(query, k, v, retrieval, stores.full_kv, group), scale))
-            else:
-                every = {"window": ENDLESS, "sinks": 0, "min_context": 0, "scale": scale}
-                leave(retrieval, _causal(call, Rows(query, k, v, retrieval, stores.full_kv, group), every))
-    return torch.cat([out[h] for h in range(query.shape[1])], 1).transpose(1, 2), None
+        chosen = call.decode and rt.layer.index != "none" and bool(retrieval)
+        if call.decode and windowed:
+            leave(*_beside(call, rows, windowed, near), windowed)
+        if chosen:
+            leave(*_chosen(rt, call, rows, retrieval, scale), retrieval)
+        elif not call.decode:  # one call for both kinds: they read the same keys
+            leave(heads, _causal(call, rows, heads, windowed, near))
+        elif retrieval:
+            leave(*_dense(call, rows, retrieval, near), retrieval)
+    whole = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return _some(whole, [found[h] for h in range(query.shape[1])]).transpose(1, 2), None
 
 
 def _heads_on(kv_heads: Sequence[int], group: int) -> tuple[int, ...]:
@@ -175,17 +181,6 @@ def _local(
     return found
 
 
-def _runs(heads: Sequence[int], kv_heads: Sequence[int], group: int) -> tuple[list[int], tuple[int, ...]]:
-    """The stored KV heads that these query heads read, by place in the store, and all query heads on them."""
-    read = [kv for kv in kv_heads if any(h // group == kv for h in heads)]
-    return [kv_heads.index(kv) for kv in read], _heads_on(read, group)
-
-
-def _of(found: Tensor, heads: Sequence[int], every: Sequence[int]) -> Tensor:
-    """The wanted heads of what was computed for all that share their KV heads: keys are read once a KV head."""
-    return _some(found, [every.index(h) for h in heads])
-
-
 @dataclass(frozen=True)
 class Rows:
     """Query heads that read KV heads which keep every token."""
@@ -193,29 +188,40 @@ class Rows:
     query: Tensor  # [batch, all query heads, rows, head_dim]
     k: Tensor  # [batch, full KV heads, slots, head_dim]; v as well
     v: Tensor
-    heads: Sequence[int]  # the query heads that are wanted
     kv_heads: tuple[int, ...]  # the full KV heads
     group: int
 
+    def runs(self, heads: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
+        """The KV heads that these query heads read, by place in the store, and all query heads on them: what shares
+        its KV heads is computed together, so that keys are read once a KV head."""
+        read = [kv for kv in self.kv_heads if any(h // self.group == kv for h in heads)]
+        return [self.kv_heads.index(kv) for kv in read], _heads_on(read, self.group)
 
-def _beside(call: Call, rows: Rows, near: dict[str, Any]) -> Tensor:
-    """Local heads on KV heads that keep every token."""
-    if not call.decode:
-        return _causal(call, rows, near)
-    places, every = _runs(rows.heads, rows.kv_heads, rows.group)
+
+Found = tuple[tuple[int, ...], Tensor]  # query heads, and what they read: [batch, these heads, rows, head_dim]
+
+
+def _beside(call: Call, rows: Rows, heads: Sequence[int], near: dict[str, Any]) -> Found:
+    """A decode row of local heads on KV heads that keep every token."""
+    places, every = rows.runs(heads)
     q = _some(rows.query, every)
-    found = node("BesideDecode", (q, rows.k, rows.v, call.lengths), q.shape, q.dtype, kv_heads=places, **near)
-    return _of(found, rows.heads, every)
+    return every, node("BesideDecode", (q, rows.k, rows.v, call.lengths), q.shape, q.dtype, kv_heads=places, **near)
 
 
-def _causal(call: Call, rows: Rows, near: dict[str, Any]) -> Tensor:
-    """Rows over all slots of full KV heads: dense, or windowed."""
-    places, every = _runs(rows.heads, rows.kv_heads, rows.group)
-    if not call.decode and len(every) > len(rows.heads):  # a prompt's rows cost more than a copy of the keys
-        places, every = [rows.kv_heads.index(h // rows.group) for h in rows.heads], tuple(rows.heads)
-    q = _some(rows.query, every)
-    inputs = (q, _some(rows.k, places), _some(rows.v, places), call.lengths)
-    return _of(node("CausalAttention", inputs, q.shape, q.dtype, **near), rows.heads, every)
+def _dense(call: Call, rows: Rows, heads: Sequence[int], near: dict[str, Any]) -> Found:
+    """A decode row of retrieval heads that have no index."""
+    places, every = rows.runs(heads)
+    part = Rows(rows.query, _some(rows.k, places), _some(rows.v, places), rows.kv_heads, rows.group)
+    return every, _causal(call, part, every, (), near)
+
+
+def _causal(call: Call, rows: Rows, heads: Sequence[int], windowed: Sequence[int], near: dict[str, Any]) -> Tensor:
+    """Rows over all slots of all KV heads of ``rows``, of which ``heads`` are equal runs: dense, or of a window."""
+    local = [int(h in windowed) for h in heads]
+    if len(set(local)) == 1:
+        local = local[:1]  # one mask for all
+    q = _some(rows.query, heads)
+    return node("CausalAttention", (q, rows.k, rows.v, call.lengths), q.shape, q.dtype, local=local, **near)
 
 
 @torch.no_grad()
@@ -228,9 +234,9 @@ def _index(rt: LayerRuntime, call: Call, key: Tensor, stores: Stores) -> None:
     _append(rt.number, call, STORES[4], own, range(len(rt.layer.retrieval)))
 
 
-def _chosen(rt: LayerRuntime, call: Call, rows: Rows, scale: float) -> Tensor:
+def _chosen(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int], scale: float) -> Found:
     """A decode row of retrieval heads: choose, or read the choice of the full layer below, and attend."""
-    plan, selector, heads = rt.plan, rt.plan.selector, rows.heads
+    plan, selector = rt.plan, rt.plan.selector
     assert selector is not None
     union = selector.scope == "layer"
     source = plan.index_source(rt.number)
@@ -252,12 +258,12 @@ def _chosen(rt: LayerRuntime, call: Call, rows: Rows, scale: float) -> Tensor:
         keep = node(name, (queries, index, call.lengths), shape, torch.bool, **attributes)
         call.kept[source] = node("Union", (keep,), (shape[0], 1, shape[2]), torch.bool) if union else keep
     if union:
-        places, every = _runs(heads, rows.kv_heads, rows.group)
+        places, every = rows.runs(heads)
     else:
         places, every = [rows.kv_heads.index(h // rows.group) for h in heads], tuple(heads)
     q = _some(rows.query, every)
-    found = node("ChosenDecode", (q, rows.k, rows.v, call.kept[source]), q.shape, q.dtype, kv_heads=places, scale=scale)
-    return _of(found, heads, every)
+    inputs = (q, rows.k, rows.v, call.kept[source])
+    return every, node("ChosenDecode", inputs, q.shape, q.dtype, kv_heads=places, scale=scale)
 
 
 def _mask(**kwargs: Any) -> None:

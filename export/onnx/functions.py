@@ -79,7 +79,7 @@ _ATTEND = """
 """
 
 # Does row t see token j: 0 <= j <= t, and t - j < window, or j < sinks, or t < min_context. t [B, T, 1], j [.., .., C].
-_NEAR = """
+_SEEN = """
     window_i = Constant <value_int: int = @window> ()
     sinks_n = Constant <value_int: int = @sinks> ()
     context_i = Constant <value_int: int = @min_context> ()
@@ -93,6 +93,9 @@ _NEAR = """
     short = Less (t, context_i)
     near_a = Or (in_window, in_sinks)
     near = Or (near_a, short)
+"""
+_NEAR = f"""
+    {_SEEN}
     seen = And (causal, near)
     one_m = Constant <value_ints = [1]> ()
     mask = Unsqueeze (seen, one_m)
@@ -217,14 +220,25 @@ WindowDecode <window, sinks, min_context, scale> (q, ring, v, lengths) => (out) 
     {_NEAR}
     {_ATTEND}
 }}""",
-    # Rows on full KV heads: everything up to the row, or a window of it. q [B, H, T, D], k, v [B, K, C, D].
+    # Rows on full KV heads: everything up to the row, or a window of it where a query head's entry of ``local`` is 1; a
+    # single entry is for all heads. q [B, H, T, D], k, v [B, K, C, D].
     "CausalAttention": f"""
-CausalAttention <window, sinks, min_context, scale> (q, k, v, lengths) => (out) {{
+CausalAttention <window, sinks, min_context, scale, local> (q, k, v, lengths) => (out) {{
     {_ROWS}
     slots_n = Shape <start = 2, end = 3> (k)
     slots_s = Squeeze (slots_n)
     j = Range (zero_r, slots_s, one_r)
-    {_NEAR}
+    {_SEEN}
+    heads_v = Constant <value_ints: ints = @local> ()
+    heads_b = Cast <to = 9> (heads_v)
+    heads_all = Not (heads_b)
+    axes_h = Constant <value_ints = [1, 2]> ()
+    heads_c = Unsqueeze (heads_all, axes_h)
+    one_m = Constant <value_ints = [1]> ()
+    near_h = Unsqueeze (near, one_m)
+    causal_h = Unsqueeze (causal, one_m)
+    wanted = Or (near_h, heads_c)
+    mask = And (causal_h, wanted)
     {_ATTEND}
 }}""",
     # One decode row of local heads on full KV heads: sinks and window are read out of the store.
