@@ -15,6 +15,7 @@ import torch
 from test_onnx import MIXED, PLANS, SELECTOR, exported, planned, prompt
 
 import sparsec
+from sparsec.export.onnx.artifact import write_graphs
 from sparsec.export.onnx.functions import DOMAIN
 from sparsec.export.onnx.routing import MASKED
 from sparsec.export.parity import compare
@@ -35,6 +36,19 @@ def test_half_precision_at_every_edge(small_llama: Callable[..., Any], tmp_path:
         found = compare(model, runner, [prompt(n) for n in lengths], steps=18)
         assert max(found["prefill"], found["decode"]) < 1e-2
         assert found["same"] > 0.95
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_decode_rows_under_masks_are_the_references(name: str, small_llama: Callable[..., Any], tmp_path: Path) -> None:
+    model = small_llama(layers=3)
+    planned(model, **PLANS[name])
+    write_graphs(model, tmp_path, source={}, dtype="float32", slots=64)  # as for TensorRT without plugins
+    runner = OnnxModel(tmp_path, device="cpu", threads=1)
+    assert "MaskedDecode" in runner.manifest["operators_used"]["decode"]
+    for lengths in ([1], EDGES[:4], EDGES[4:], [3, 40, 9, 17]):
+        found = compare(model, runner, [prompt(n) for n in lengths], steps=18)
+        assert max(found["prefill"], found["decode"]) < 1e-5
+        assert found["same"] == 1
 
 
 ROUTING = {

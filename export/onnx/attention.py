@@ -34,6 +34,7 @@ class Call:
     lengths: Tensor  # int64 [batch], tokens stored before it
     added: Tensor  # int64 [batch], its real tokens
     past: dict[tuple[int, str], Tensor]  # stores by layer and name of STORES
+    masked: bool = False  # decode rows read all keys under masks instead of gathering some
     present: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)  # by full layer: bool [batch, sets, slots]
 
@@ -126,14 +127,16 @@ def traced_attention(
         if rt.layer.index != "none" and stores.scored:
             _index(rt, call, key, stores)
         chosen = call.decode and rt.layer.index != "none" and bool(retrieval)
-        if call.decode and windowed:
-            leave(*_beside(call, rows, windowed, near), windowed)
-        if chosen:
-            leave(*_chosen(rt, call, rows, retrieval, scale), retrieval)
-        elif not call.decode:  # one call for both kinds: they read the same keys
-            leave(heads, _causal(call, rows, heads, windowed, near))
-        elif retrieval:
-            leave(*_dense(call, rows, retrieval, near), retrieval)
+        if not call.decode or call.masked:  # one call for both kinds: they read the same keys
+            one = _masked(rt, call, rows, retrieval, near) if chosen else _causal(call, rows, heads, windowed, near)
+            leave(heads, one)
+        else:
+            if windowed:
+                leave(*_beside(call, rows, windowed, near), windowed)
+            if chosen:
+                leave(*_chosen(rt, call, rows, retrieval, scale), retrieval)
+            elif retrieval:
+                leave(*_dense(call, rows, retrieval, near), retrieval)
     whole = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     return _some(whole, [found[h] for h in range(query.shape[1])]).transpose(1, 2), None
 
@@ -152,7 +155,7 @@ def _some(x: Tensor, heads: Sequence[int]) -> Tensor:
 
 def _append(number: int, call: Call, name: str, new: Tensor, heads: Sequence[int]) -> Tensor:
     past = call.past[number, name]
-    operator = "IndexUpdate" if name == STORES[4] and not call.decode else "CacheUpdate"
+    operator = "IndexUpdate" if name == STORES[4] and (call.masked or not call.decode) else "CacheUpdate"
     present = node(operator, (past, _some(new, heads), call.lengths), past.shape, past.dtype)
     call.present[number, name] = present
     return present
@@ -234,11 +237,13 @@ def _index(rt: LayerRuntime, call: Call, key: Tensor, stores: Stores) -> None:
     _append(rt.number, call, STORES[4], own, range(len(rt.layer.retrieval)))
 
 
-def _chosen(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int], scale: float) -> Found:
-    """A decode row of retrieval heads: choose, or read the choice of the full layer below, and attend."""
+def _kept(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int]) -> Tensor:
+    """What a decode row of retrieval heads keeps, chosen here or read of the full layer below.
+
+    bool [batch, sets, slots], one set for all heads or one for each.
+    """
     plan, selector = rt.plan, rt.plan.selector
     assert selector is not None
-    union = selector.scope == "layer"
     source = plan.index_source(rt.number)
     if source not in call.kept:
         assert rt.indexer is not None
@@ -256,13 +261,30 @@ def _chosen(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int], scal
         name = "SelectBlocks" if selector.granularity == "block" else "SelectTokens"
         shape = (index.shape[0], len(heads), index.shape[2])
         keep = node(name, (queries, index, call.lengths), shape, torch.bool, **attributes)
+        union = selector.scope == "layer"
         call.kept[source] = node("Union", (keep,), (shape[0], 1, shape[2]), torch.bool) if union else keep
-    if union:
+    return call.kept[source]
+
+
+def _masked(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int], near: dict[str, Any]) -> Tensor:
+    """A decode row of all query heads on full KV heads, which retrieval ``heads`` read where they keep."""
+    keep = _kept(rt, call, rows, heads)
+    every = _heads_on(rows.kv_heads, rows.group)
+    sets = [(0 if keep.shape[1] == 1 else heads.index(h)) if h in heads else -1 for h in every]
+    q = _some(rows.query, every)
+    return node("MaskedDecode", (q, rows.k, rows.v, keep, call.lengths), q.shape, q.dtype, sets=sets, **near)
+
+
+def _chosen(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int], scale: float) -> Found:
+    """A decode row of retrieval heads: choose, gather and attend."""
+    assert rt.plan.selector is not None
+    keep = _kept(rt, call, rows, heads)
+    if rt.plan.selector.scope == "layer":
         places, every = rows.runs(heads)
     else:
         places, every = [rows.kv_heads.index(h // rows.group) for h in heads], tuple(heads)
     q = _some(rows.query, every)
-    inputs = (q, rows.k, rows.v, call.kept[source])
+    inputs = (q, rows.k, rows.v, keep)
     return every, node("ChosenDecode", inputs, q.shape, q.dtype, kv_heads=places, scale=scale)
 
 

@@ -115,6 +115,15 @@ _ROWS = """
     t = Unsqueeze (rows_t, axes_t)
 """
 
+# Rows of new [B, K, T, D] by number, row int64 [B, C]: taken [B, K, C, D].
+_TAKE = """
+    axes_n = Constant <value_ints = [-1]> ()
+    row_n = Unsqueeze (row, axes_n)
+    new_rows = Transpose <perm = [0, 2, 1, 3]> (new)
+    taken_rows = GatherND <batch_dims = 1> (new_rows, row_n)
+    taken = Transpose <perm = [0, 2, 1, 3]> (taken_rows)
+"""
+
 # Rows of k and v at ``at``, int64 [B, N, n] slots of the KV heads ``kv_heads`` [N]: k_near, v_near [B, N, n, D].
 _PICK = """
     heads_v = Constant <value_ints: ints = @kv_heads> ()
@@ -138,8 +147,8 @@ CacheUpdate (cache, new, lengths) => (present) {
 }""",
     # The same, by a choice of every slot. A prompt's index keys, which nothing else in its graph reads: TensorRT-RTX
     # fails on several TensorScatter of such ("uses before defs").
-    "IndexUpdate": """
-IndexUpdate (cache, new, lengths) => (present) {
+    "IndexUpdate": f"""
+IndexUpdate (cache, new, lengths) => (present) {{
     zero_s = Constant <value_int = 0> ()
     one_s = Constant <value_int = 1> ()
     slots_n = Shape <start = 2, end = 3> (cache)
@@ -155,15 +164,12 @@ IndexUpdate (cache, new, lengths) => (present) {
     fresh = And (behind, before)
     last = Sub (rows_s, one_s)
     place_a = Min (place, last)
-    place_b = Max (place_a, zero_s)
+    row = Max (place_a, zero_s)
+    {_TAKE}
     axes_e = Constant <value_ints = [1, 3]> ()
-    place_e = Unsqueeze (place_b, axes_e)
-    cache_shape = Shape (cache)
-    place_x = Expand (place_e, cache_shape)
-    taken = GatherElements <axis = 2> (new, place_x)
     fresh_e = Unsqueeze (fresh, axes_e)
     present = Where (fresh_e, taken, cache)
-}""",
+}}""",
     # One new token of local KV heads: ring [B, K, C, D], new [B, K, 1, D].
     "RingWrite": """
 RingWrite <sinks> (ring, new, lengths) => (present) {
@@ -185,12 +191,9 @@ RingUpdate <sinks> (ring, new, lengths, added) => (present) {{
     lengths_c = Unsqueeze (lengths, one_i)
     fresh = GreaterOrEqual (token, lengths_c)
     place = Sub (token, lengths_c)
-    place_low = Max (place, zero_s)
+    row = Max (place, zero_s)
+    {_TAKE}
     axes_e = Constant <value_ints = [1, 3]> ()
-    place_e = Unsqueeze (place_low, axes_e)
-    new_shape = Shape (ring)
-    place_x = Expand (place_e, new_shape)
-    taken = GatherElements <axis = 2> (new, place_x)
     fresh_e = Unsqueeze (fresh, axes_e)
     present = Where (fresh_e, taken, ring)
 }}""",
@@ -239,6 +242,33 @@ CausalAttention <window, sinks, min_context, scale, local> (q, k, v, lengths) =>
     causal_h = Unsqueeze (causal, one_m)
     wanted = Or (near_h, heads_c)
     mask = And (causal_h, wanted)
+    {_ATTEND}
+}}""",
+    # One decode row of all query heads on full KV heads, under a mask: where gathering what is kept costs more than
+    # it saves. ``sets``: by query head, its set in keep, bool [B, S, C]; -1: sinks and window. q [B, H, 1, D].
+    "MaskedDecode": f"""
+MaskedDecode <window, sinks, min_context, scale, sets> (q, k, v, keep, lengths) => (out) {{
+    axes_t = Constant <value_ints = [1, 2]> ()
+    t = Unsqueeze (lengths, axes_t)
+    slots_n = Shape <start = 2, end = 3> (k)
+    slots_s = Squeeze (slots_n)
+    zero_j = Constant <value_int = 0> ()
+    one_j = Constant <value_int = 1> ()
+    j = Range (zero_j, slots_s, one_j)
+    {_SEEN}
+    seen_near = And (causal, near)
+    sets_v = Constant <value_ints: ints = @sets> ()
+    sets_low = Max (sets_v, zero_j)
+    kept = Gather <axis = 1> (keep, sets_low)
+    some = Less (sets_v, zero_j)
+    axes_s = Constant <value_ints = [1]> ()
+    local = Unsqueeze (some, axes_s)
+    by_window = And (local, seen_near)
+    others = Not (local)
+    by_choice = And (others, kept)
+    wanted = Or (by_window, by_choice)
+    axes_m = Constant <value_ints = [2]> ()
+    mask = Unsqueeze (wanted, axes_m)
     {_ATTEND}
 }}""",
     # One decode row of local heads on full KV heads: sinks and window are read out of the store.

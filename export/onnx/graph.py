@@ -26,16 +26,16 @@ def store_names(stores: list[Stores]) -> list[tuple[int, str]]:
 class Traced(nn.Module):
     """What is traced: token ids and stores in, logits of each sequence's last token and stores out."""
 
-    def __init__(self, model: Any, kind: Kind) -> None:
+    def __init__(self, model: Any, kind: Kind, masked: bool) -> None:
         super().__init__()
-        self.model, self.kind = model, kind
+        self.model, self.kind, self.masked = model, kind, masked
         self.plan: Plan = model.sparsec_plan
         self.names = store_names([stores_of(self.plan, i, model.config) for i in range(self.plan.model.layers)])
 
     def forward(self, input_ids: Tensor, lengths: Tensor, added: Tensor, stores: list[Tensor]) -> tuple[Tensor, ...]:
         """input_ids: int64 [batch, rows]; lengths, added: int64 [batch]. Logits are [batch, vocabulary]."""
         past = dict(zip(self.names, stores, strict=True))
-        call = Call(self.kind == "decode", lengths, added, past)
+        call = Call(self.kind == "decode", lengths, added, past, self.masked)
         for module in attention_modules(self.model):
             module.sparsec.call = call  # type: ignore[union-attr]
         last = (added - 1).clamp_min(0)  # a sequence may have no token in this call
@@ -55,15 +55,16 @@ class Traced(nn.Module):
         return logits, *(call.present[name] for name in self.names)
 
 
-def trace(model: Any, kind: Kind, slots: int | None = None) -> Any:
+def trace(model: Any, kind: Kind, slots: int | None = None, *, masked: bool = False) -> Any:
     """A model that runs a plan as ONNX: PyTorch's ``ONNXProgram``, whose weights are the model's own tensors.
 
     Args:
         model: a model that runs a plan.
         kind: rows of prompts, or one decode row.
         slots: of full KV heads, where the runtime wants a number (TensorRT); None: any.
+        masked: a decode row reads all keys of full KV heads under a mask instead of gathering what is kept.
     """
-    traced = Traced(model, kind).eval()
+    traced = Traced(model, kind, masked).eval()
     plan, config = traced.plan, model.config
     batch, room, rows = 2, slots or 24, 1 if kind == "decode" else 5
     dtype = next(model.parameters()).dtype
