@@ -35,6 +35,7 @@ class Call:
     added: Tensor  # int64 [batch], its real tokens
     past: dict[tuple[int, str], Tensor]  # stores by layer and name of STORES
     masked: bool = False  # decode rows read all keys under masks instead of gathering some
+    rewrite: bool = False  # index keys are chosen slot by slot in decode rows, too
     present: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)  # by full layer: bool [batch, sets, slots]
 
@@ -155,7 +156,7 @@ def _some(x: Tensor, heads: Sequence[int]) -> Tensor:
 
 def _append(number: int, call: Call, name: str, new: Tensor, heads: Sequence[int]) -> Tensor:
     past = call.past[number, name]
-    operator = "IndexUpdate" if name == STORES[4] and (call.masked or not call.decode) else "CacheUpdate"
+    operator = "IndexUpdate" if name == STORES[4] and (call.rewrite or not call.decode) else "CacheUpdate"
     present = node(operator, (past, _some(new, heads), call.lengths), past.shape, past.dtype)
     call.present[number, name] = present
     return present

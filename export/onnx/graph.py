@@ -26,16 +26,16 @@ def store_names(stores: list[Stores]) -> list[tuple[int, str]]:
 class Traced(nn.Module):
     """What is traced: token ids and stores in, logits of each sequence's last token and stores out."""
 
-    def __init__(self, model: Any, kind: Kind, masked: bool) -> None:
+    def __init__(self, model: Any, kind: Kind, *, masked: bool, rewrite: bool) -> None:
         super().__init__()
-        self.model, self.kind, self.masked = model, kind, masked
+        self.model, self.kind, self.masked, self.rewrite = model, kind, masked, rewrite
         self.plan: Plan = model.sparsec_plan
         self.names = store_names([stores_of(self.plan, i, model.config) for i in range(self.plan.model.layers)])
 
     def forward(self, input_ids: Tensor, lengths: Tensor, added: Tensor, stores: list[Tensor]) -> tuple[Tensor, ...]:
         """input_ids: int64 [batch, rows]; lengths, added: int64 [batch]. Logits are [batch, vocabulary]."""
         past = dict(zip(self.names, stores, strict=True))
-        call = Call(self.kind == "decode", lengths, added, past, self.masked)
+        call = Call(self.kind == "decode", lengths, added, past, self.masked, self.rewrite)
         for module in attention_modules(self.model):
             module.sparsec.call = call  # type: ignore[union-attr]
         last = (added - 1).clamp_min(0)  # a sequence may have no token in this call
@@ -61,10 +61,11 @@ def trace(model: Any, kind: Kind, slots: int | None = None, *, masked: bool = Fa
     Args:
         model: a model that runs a plan.
         kind: rows of prompts, or one decode row.
-        slots: of full KV heads, where the runtime wants a number (TensorRT); None: any.
+        slots: of full KV heads, where the runtime wants a number; None: any. TensorRT does, and wants index keys to be
+            chosen slot by slot.
         masked: a decode row reads all keys of full KV heads under a mask instead of gathering what is kept.
     """
-    traced = Traced(model, kind, masked).eval()
+    traced = Traced(model, kind, masked=masked, rewrite=slots is not None).eval()
     plan, config = traced.plan, model.config
     batch, room, rows = 2, slots or 24, 1 if kind == "decode" else 5
     dtype = next(model.parameters()).dtype

@@ -44,7 +44,7 @@ def keep(model: Any, ids: Tensor, positions: Tensor) -> None:
     for token in routing.special:  # a handful
         kept = kept | (ids == token)
     for layer, unit in routing.units:
-        unit_modules(model, unit)[layer].sparsec_kept = kept  # type: ignore[assignment]
+        unit_modules(model, unit)[layer].sparsec_kept = kept
 
 
 def _routed_attention(module: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
