@@ -19,6 +19,7 @@ from sparsec.export.onnx.artifact import write_graphs
 from sparsec.export.onnx.functions import DOMAIN
 from sparsec.export.onnx.routing import MASKED
 from sparsec.export.parity import compare
+from sparsec.export.verdicts import PASS
 from sparsec.plugins.attention import Step
 from sparsec.plugins.onnx_runner import MANIFEST, OnnxModel
 from sparsec.plugins.runtime import new_cache, stepping
@@ -128,5 +129,5 @@ def test_golden_prompts_are_read_merged_on_every_engine(merged: Path, cli: Any, 
     done = cli("verify", artifact, "--quick", "--json")
     assert done.status == 0, done.err
     found = {(each["name"], each["engine"]): each["status"] for each in json.loads(done.out)["checks"]}
-    assert found["next tokens", "onnx"] == found["greedy tokens", "onnx"] == "PASS".lower()
+    assert found["next tokens", "onnx"] == found["greedy tokens", "onnx"] == PASS
     assert json.loads((artifact / "onnx" / MANIFEST).read_text())["suppress"]
