@@ -87,6 +87,7 @@ def test_options_on_the_command_line(cli: Callable[..., Any], tiny_artifact: Pat
 
 @needs_rtx
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton's, of a default to come
 @pytest.mark.parametrize("plugins", [False, True])
 def test_engines_are_built_and_say_where_they_load(plugins: bool, tiny_artifact: Path, tmp_path: Path) -> None:
     artifact = tmp_path / "tiny"
