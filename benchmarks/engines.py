@@ -2,7 +2,7 @@
 
     python benchmarks/engines.py out/demo -o benchmarks/results/engines-demo.json
 
-The graphs are traced once. Nothing is run: TensorRT-RTX loads engines only where there is a GPU.
+Nothing is run: TensorRT-RTX loads engines only where there is a GPU.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from sparsec.compiler.versions import versions
 from sparsec.export.onnx.artifact import write_graphs
-from sparsec.export.onnx.divided import divide
-from sparsec.export.tensorrt import RTX_CAPABILITIES, Options, Profile, build, flavour_of, write_kernels
+from sparsec.export.tensorrt import build, flavour_of, write_kernels
+from sparsec.export.tensorrt_options import RTX_CAPABILITIES, Options, Profile
 from sparsec.plugins import tensorrt_rtx
 from sparsec.plugins.load import load
 
@@ -44,15 +42,19 @@ def main() -> None:
         before, began = _cpu(), time.monotonic()
         write_graphs(model, folder, source={}, dtype=options.dtype, slots=options.slots)
         traced = {"seconds": time.monotonic() - began, "cpu_seconds": _cpu() - before}
+        divided = folder / "plugins"
+        divided.mkdir()
+        write_graphs(
+            model, divided, source={}, dtype=options.dtype, slots=options.slots, plugins=True, kinds=("decode",)
+        )
         del model
-        proto = onnx.load(folder / "decode.onnx", load_external_data=False)
-        divide(proto, options.slots)
-        (folder / "decode with plugins.onnx").write_bytes(proto.SerializeToString())
         uses = tensorrt_rtx.register(trt)
-        for name in ("prefill", "decode", "decode with plugins"):
+        graphs = {"prefill": folder / "prefill.onnx", "decode": folder / "decode.onnx"}
+        graphs["decode with plugins"] = divided / "decode.onnx"
+        for name, graph in graphs.items():
             before, began = _cpu(), time.monotonic()
             engine = folder / "engine"
-            layers = build(trt, "rtx", folder / f"{name}.onnx", engine, profile, RTX_CAPABILITIES, Options())
+            layers = build(trt, "rtx", graph, engine, profile, RTX_CAPABILITIES, Options())
             took = {"seconds": time.monotonic() - began, "cpu_seconds": _cpu() - before}
             rows[name] = {**took, "bytes": engine.stat().st_size, "layers": layers}
             print(name, rows[name], file=sys.stderr, flush=True)

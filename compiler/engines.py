@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from sparsec.compiler import golden
 from sparsec.compiler.golden_compare import Difference, written
 from sparsec.compiler.thresholds import GoldenBounds
 from sparsec.errors import UsageError
-from sparsec.layout import CONFIG, read_json
+from sparsec.layout import CONFIG, read_json, read_plan
 from sparsec.plugins.onnx_runner import FOLDER as ONNX
 from sparsec.plugins.onnx_runner import MANIFEST, OnnxModel
+from sparsec.plugins.vocabulary import Reader
 
 TENSORRT = "tensorrt"
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
@@ -43,8 +45,15 @@ def on_onnx(artifact: Path, recorded: Mapping[str, Any], bounds: GoldenBounds, d
         raise NotHere(str(error)) from None
     config = read_json(artifact / CONFIG)
     rows = int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0)
-    now = [golden.on_runner(runner, tokens) for tokens in golden.tokens_of(recorded, rows)]
+    read = _reader(artifact)
+    now = [golden.on_runner(runner, tokens, read) for tokens in golden.tokens_of(recorded, rows)]
     return written(recorded, now, str(runner.manifest.get("dtype")), bounds)
+
+
+def _reader(artifact: Path) -> Reader | None:
+    """What merges prompts, where the plan has merged tokens."""
+    own = read_plan(artifact).vocabulary
+    return None if own is None else Reader(AutoTokenizer.from_pretrained(artifact, local_files_only=True), own.base)
 
 
 def not_run(artifact: Path) -> Iterator[tuple[str, str]]:

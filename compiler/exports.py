@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsec.export.tensorrt import Flavour
+    from sparsec.export.tensorrt_options import Build
 
 
 RUNTIMES = ["onnx", "tensorrt"]
@@ -37,8 +38,12 @@ def export(
     trt: Flavour = "auto",
     slots: int = 2048,
     plugins: bool | None = None,
+    build: Build | None = None,
 ) -> dict[str, Any]:
-    """Write an artifact's exports, one after the other: the manifest of each by its target."""
+    """Write an artifact's exports, one after the other: the manifest of each by its target.
+
+    ``build``: how TensorRT builds, as ``--trt-option`` says it; None: as it does by default.
+    """
     from sparsec.compiler.draw import drawing
 
     made: dict[str, Any] = {}
@@ -52,9 +57,19 @@ def export(
                 made[target] = export_onnx(artifact, dtype=dtype, listen=listen)
             else:
                 from sparsec.export.tensorrt import export_tensorrt
+                from sparsec.export.tensorrt_options import Build
 
+                how = build or Build()
                 made[target] = export_tensorrt(
-                    artifact, flavour=trt, dtype=dtype, slots=slots, plugins=plugins, listen=listen
+                    artifact,
+                    flavour=trt,
+                    dtype=dtype,
+                    slots=slots,
+                    capabilities=how.capabilities,
+                    profile=how.profile,
+                    plugins=plugins,
+                    options=how.options,
+                    listen=listen,
                 )
     return made
 
@@ -71,4 +86,6 @@ def export_lines(artifact: Path, made: dict[str, Any]) -> list[str]:
         folder = artifact / target
         size = sum(file.stat().st_size for file in folder.iterdir())
         lines.append(f"{folder}: {size / 2**20:.0f} MiB, {facts['dtype']}, {', '.join(facts['files'])}")
+        if "routing" in facts:
+            lines.append(f"routing is {facts['routing']}")
     return lines

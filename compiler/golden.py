@@ -136,15 +136,16 @@ def on_kernels(model: Any, tokens: Tensor, kernels: Any) -> dict[str, Any]:
         return {"top": top_of(torch.stack(rows).cpu()), "greedy": greedy(rows[-1], step)}
 
 
-def on_runner(runner: Runner, tokens: Tensor) -> dict[str, Any]:
-    """The same on what runs an export."""
+def on_runner(runner: Runner, tokens: Tensor, read: Callable[[list[int]], list[int]] | None = None) -> dict[str, Any]:
+    """The same on what runs an export; ``read`` merges a prompt as the artifact's tokenizer does, None: nothing."""
     ids: list[int] = tokens.tolist()
+    prompt = ids[:-ROWS] if read is None else read(ids[:-ROWS])
 
     def step(token: Any) -> Tensor:
         return torch.from_numpy(runner.step([int(token)])[0])
 
     runner.reset(1)
-    runner.prefill([ids[:-ROWS]])
+    runner.prefill([prompt])
     rows = [step(token) for token in ids[-ROWS:]]
     return {"top": top_of(torch.stack(rows)), "greedy": greedy(rows[-1], step)}
 

@@ -12,7 +12,6 @@ import importlib.util
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from sparsec.export.aside import filling
 from sparsec.export.onnx.artifact import check_packages, replace, source_of, write_graphs
 from sparsec.export.onnx.features import check_exportable
 from sparsec.export.onnx.files import KINDS
+from sparsec.export.tensorrt_options import RTX_CAPABILITIES, Options, Profile
 from sparsec.layout import read_plan, sha256
 from sparsec.plugins.ahead import NAMESPACE, OPERATORS, Use, compiled
 from sparsec.plugins.kernels.support import triton_missing
@@ -37,58 +37,7 @@ INSTALL = {
     "rtx": "pip install 'sparsec[tensorrt-rtx]'",
     "tensorrt": "pip install tensorrt on the machine with the GPU",
 }
-RTX_CAPABILITIES = (80, 86, 89, 120)
 MOST_RANKED = 3840  # entries that TensorRT's TopK takes, with which the bodies rank what a selector scores
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Sizes that an engine takes, (least, usual, most): sequences, and rows of a prompt's call."""
-
-    batch: tuple[int, int, int] = (1, 1, 4)
-    rows: tuple[int, int, int] = (1, 256, 512)
-
-    def within(self, slots: int) -> Profile:
-        """The same with no call of more rows than a sequence can hold, which TensorRT refuses."""
-        least, usual, most = (min(size, slots) for size in self.rows)
-        return Profile(self.batch, (least, usual, most))
-
-
-@dataclass(frozen=True)
-class Options:
-    """Of the builder for data-centre GPUs.
-
-    Args:
-        timing_cache: a file of measured kernels, read where it is there and written anew.
-        refit: weights can be exchanged in a built engine. strip: they are left out of the file, to be put in later.
-        version_compatible: later minor releases load it. hardware_compatible: GPUs of 8.0 and newer load it.
-    """
-
-    timing_cache: Path | None = None
-    refit: bool = False
-    strip: bool = False
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-
-    @property
-    def asked(self) -> list[str]:
-        """Names of what differs from the defaults."""
-        return [each.name for each in fields(self) if getattr(self, each.name)]
-
-    def apply(self, trt: ModuleType, config: Any) -> Any:
-        """Set a builder's config; the timing cache, or None."""
-        flags = {"refit": "REFIT", "strip": "STRIP_PLAN", "version_compatible": "VERSION_COMPATIBLE"}
-        for name in self.asked:
-            if name in flags:
-                config.set_flag(getattr(trt.BuilderFlag, flags[name]))
-        if self.hardware_compatible:
-            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-        if self.timing_cache is None:
-            return None
-        known = self.timing_cache.read_bytes() if self.timing_cache.is_file() else b""
-        times = config.create_timing_cache(known)
-        config.set_timing_cache(times, False)
-        return times
 
 
 def flavour_of(asked: Flavour) -> tuple[str, ModuleType]:
@@ -115,7 +64,7 @@ def export_tensorrt(
     flavour: Flavour = "auto",
     dtype: str = "float16",
     slots: int = 2048,
-    capabilities: Sequence[int] = RTX_CAPABILITIES,
+    capabilities: Sequence[int] | None = None,
     profile: Profile | None = None,
     plugins: bool | None = None,
     options: Options | None = None,
@@ -128,7 +77,7 @@ def export_tensorrt(
         flavour: which library; ``auto``: the one that is installed, data-centre before RTX.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         slots: tokens a sequence can hold.
-        capabilities: compute capabilities that RTX engines are for, e.g. 89.
+        capabilities: compute capabilities that RTX engines are for, e.g. 89; None: all.
         profile: sizes; None: the defaults of :class:`Profile`.
         plugins: decode attention by the kernels of :mod:`sparsec.plugins.ahead` instead of built-in layers; None: for
             data-centre GPUs. With TensorRT-RTX Python and Triton then have to be where the engine runs.
@@ -144,12 +93,18 @@ def export_tensorrt(
     """
     name, trt = flavour_of(flavour)
     check_packages()
-    plan, profile, options = read_plan(artifact), profile or Profile(), options or Options()
+    plan, options = read_plan(artifact), options or Options()
     plugins = name == "tensorrt" if plugins is None else plugins
-    profile = profile.within(slots)
+    if profile is not None and profile.rows[2] > slots:
+        raise UsageError(
+            f"a call of {profile.rows[2]} rows does not fit in {slots} slots: use fewer rows, or more --slots"
+        )
+    profile = profile or Profile().within(slots)
     check_exportable(plan)
-    if name == "rtx" and (asked := options.asked):
-        raise UsageError(f"TensorRT-RTX has no {asked[0]} where there is no GPU: leave it, or use --trt tensorrt")
+    options.check(name)
+    if name == "tensorrt" and capabilities is not None:
+        raise UsageError("TensorRT builds for the GPU that it runs on: leave capabilities, or use --trt rtx")
+    capabilities = capabilities or RTX_CAPABILITIES
     if plugins and (missing := triton_missing()) is not None:
         raise UsageError(f"plugins are Triton's kernels. {missing}")
     if plan.selector is not None and plan.selector.granularity == "token" and slots > MOST_RANKED:

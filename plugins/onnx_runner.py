@@ -107,10 +107,14 @@ class OnnxModel:
             stop: tokens that end a sequence; None: the model's own.
         """
         ends = set(self.manifest["eos"] if stop is None else stop)
+        never = [token for first, behind in self.manifest.get("suppress", ()) for token in range(first, behind)]
         self.reset(len(prompts))
         logits = self.prefill(prompts)
         open_ = np.ones(len(prompts), bool)
         for count in range(max_new_tokens):
+            if never:  # as generation_config.json says, merged tokens among them
+                logits = logits.copy()
+                logits[:, never] = -np.inf
             tokens = logits.argmax(-1)
             yield [int(token) if there else None for token, there in zip(tokens, open_, strict=True)]
             open_ &= ~np.isin(tokens, list(ends))
@@ -141,8 +145,10 @@ class OnnxModel:
         binding.bind_output("logits")
         after = {}
         for name, store in self._stores.items():
-            # A prompt's attention reads a ring as it was, so what becomes of the ring goes elsewhere.
-            after[name] = self._empty(name, len(ids), 0) if kind == "prefill" and ".local_" in name else store
+            # A prompt's attention reads a ring as it was, so what becomes of the ring goes elsewhere; index keys
+            # are chosen slot by slot, not written over.
+            aside = kind == "prefill" and (".local_" in name or name.endswith(".index_keys"))
+            after[name] = self._empty(name, len(ids), self.slots) if aside else store
             binding.bind_ortvalue_input(name, store)
             binding.bind_ortvalue_output(name.replace("past.", "present."), after[name])
         session.run_with_iobinding(binding)

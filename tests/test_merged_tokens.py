@@ -527,4 +527,4 @@ def test_eval_and_generate_merge_by_the_batch(dynamic: Path, cli: Any, tmp_path:
 def test_merging_by_the_batch_is_not_exported(dynamic: Path, cli: Any) -> None:
     result = cli("export", str(dynamic), "--to", "onnx")
     assert result.status == 1
-    assert "vocabulary cannot be exported" in result.err
+    assert "merged by the batch cannot be exported" in result.err

@@ -31,6 +31,14 @@ TRT = "Flavour of TensorRT: for RTX GPUs, built without one, or for data-centre 
     default=None,
     help="TensorRT: decode attention by Triton's kernels; not with RTX by default.",
 )
+@click.option(
+    "--trt-option",
+    "trt_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="TensorRT, repeatable: refit, strip, version-compatible, hardware-compatible, timing-cache=FILE, "
+    "batch=LEAST,USUAL,MOST, rows=LEAST,USUAL,MOST, capabilities=80,86,...",
+)
 @click.option("--json", "as_json", is_flag=True, help="The manifests of graphs and engines as JSON.")
 def export_command(
     artifact: Path,
@@ -40,6 +48,7 @@ def export_command(
     trt: Flavour,
     slots: int,
     plugins: bool | None,
+    trt_options: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Write graphs or engines into ARTIFACT, or its head split or sharing pattern as another engine reads it."""
@@ -55,13 +64,22 @@ def export_command(
             raise UsageError(f"--to {target}: {mixed[0]} is written by itself, with -o")
         if out is not None:
             raise UsageError(f"--to {target} writes into the artifact: leave -o out")
+        build = None
+        if trt_options:
+            from sparsec.export.tensorrt_options import parse
+
+            if "tensorrt" not in targets:
+                raise UsageError(f"--trt-option says how engines are built, --to {target} builds none: leave it")
+            build = parse(trt_options)
         began = time.monotonic()
-        made = export(artifact, targets, dtype=dtype, trt=trt, slots=slots, plugins=plugins)
+        made = export(artifact, targets, dtype=dtype, trt=trt, slots=slots, plugins=plugins, build=build)
         click.echo(json.dumps(made, indent=2) if as_json else export_text(artifact, made, time.monotonic() - began))
         return
     from sparsec.export.dialects.files import write_files
     from sparsec.layout import read_plan
 
+    if trt_options:
+        raise UsageError(f"--trt-option says how engines are built, --to {target} builds none: leave it")
     if out is None:
         raise UsageError(f"--to {target} writes a folder: name it with -o")
     write_files(out, encode(read_plan(artifact)))

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,8 @@ from sparsec.events import Event, Listener, silent
 from sparsec.export.artifact import check_room, write_json
 from sparsec.export.aside import filling, locked, sync, sync_folder
 from sparsec.export.onnx.features import check_exportable
+from sparsec.export.onnx.files import KINDS, Kind
+from sparsec.export.onnx.routing import MASKED
 from sparsec.layout import MANIFEST, read_json, read_plan, sha256
 from sparsec.plugins.load import load
 from sparsec.plugins.onnx_runner import FOLDER
@@ -79,12 +81,13 @@ def write_graphs(
     dtype: str,
     slots: int | None = None,
     plugins: bool = False,
+    kinds: Sequence[Kind] = KINDS,
     listen: Listener = silent,
 ) -> dict[str, Any]:
-    """Both graphs, their weights and ``export.json`` of a model that runs a plan, into an empty folder.
+    """The graphs, their weights and ``export.json`` of a model that runs a plan, into an empty folder.
 
     ``slots``: as in :func:`~sparsec.export.onnx.graph.trace`; ``plugins``, where there are slots: decode attention is
-    divided into the operators that are plugins of TensorRT.
+    divided into the operators that are plugins of TensorRT; without, a decode row reads all keys under masks.
     """
     from sparsec.export.onnx import files, graph
     from sparsec.export.onnx.functions import DOMAIN, IR, OPSET, VERSION
@@ -101,10 +104,10 @@ def write_graphs(
     operators: dict[str, list[str]] = {}
     with (folder / files.WEIGHTS).open("wb") as file, quiet():
         weights = files.Weights(file)
-        for done, kind in enumerate(files.KINDS):
-            listen(Event(f"trace {kind}", done, len(files.KINDS)))
+        for done, kind in enumerate(kinds):
+            listen(Event(f"trace {kind}", done, len(kinds)))
             try:
-                program = graph.trace(model, kind, slots)
+                program = graph.trace(model, kind, slots, masked=slots is not None and not plugins)
             except Exception as error:  # whatever torch.export has to say
                 reason = " ".join(str(error.__cause__ or error).split())[:200]
                 raise ArtifactError(
@@ -122,7 +125,7 @@ def write_graphs(
             operators[kind] = sorted(function.name for function in proto.functions)
             del program, proto
             files.check(folder / f"{kind}.onnx")
-    listen(Event("trace decode", len(files.KINDS), len(files.KINDS)))
+    listen(Event(f"trace {kinds[-1]}", len(kinds), len(kinds)))
     eos = model.generation_config.eos_token_id
     made = {
         **facts,
@@ -131,6 +134,8 @@ def write_graphs(
         "ir_version": IR,
         "dtype": dtype,
         "eos": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+        "suppress": _ranges(model.generation_config.suppress_tokens or ()),
+        **({"routing": MASKED} if plan.routing is not None else {}),
         "operators_used": operators,
         "signature": signature,
         "versions": {name: version(name) for name in ("torch", "transformers", *PACKAGES)},
@@ -158,6 +163,17 @@ def replace(aside: Path, place: Path) -> None:
         else:
             aside.rename(place)
         sync_folder(place.parent)
+
+
+def _ranges(tokens: Iterable[int]) -> list[list[int]]:
+    """Token ids as [first, behind the last] of each run."""
+    found: list[list[int]] = []
+    for token in sorted(set(tokens)):
+        if found and found[-1][1] == token:
+            found[-1][1] += 1
+        else:
+            found.append([token, token + 1])
+    return found
 
 
 def _values(values: Any) -> list[dict[str, Any]]:

@@ -34,6 +34,8 @@ class Call:
     lengths: Tensor  # int64 [batch], tokens stored before it
     added: Tensor  # int64 [batch], its real tokens
     past: dict[tuple[int, str], Tensor]  # stores by layer and name of STORES
+    masked: bool = False  # decode rows read all keys under masks instead of gathering some
+    rewrite: bool = False  # index keys are chosen slot by slot in decode rows, too
     present: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)  # by full layer: bool [batch, sets, slots]
 
@@ -103,10 +105,13 @@ def traced_attention(
     window, context = (stores.window, stores.min_context) if stores.window else (Window(size=ENDLESS, sinks=0), 0)
     near = {"window": window.size, "sinks": window.sinks, "min_context": context, "scale": scale}
     group = rt.plan.model.group
-    out: dict[int, Tensor] = {}  # by query head, [batch, 1, rows, head_dim]
+    parts: list[Tensor] = []  # [batch, heads, rows, head_dim]
+    found: dict[int, int] = {}  # by query head, its place in all parts
 
-    def leave(heads: Sequence[int], found: Tensor) -> None:
-        out.update(zip(heads, torch.split(found, 1, 1), strict=True))
+    def leave(heads: Sequence[int], part: Tensor, wanted: Sequence[int] | None = None) -> None:
+        behind = sum(each.shape[1] for each in parts)
+        found.update((h, behind + place) for place, h in enumerate(heads) if wanted is None or h in wanted)
+        parts.append(part)
 
     if stores.local_kv:
         heads = _heads_on(stores.local_kv, group)
@@ -116,19 +121,25 @@ def traced_attention(
             _append(rt.number, call, name, new, stores.full_kv)
             for name, new in zip(STORES[:2], (key, value), strict=True)
         )
-        windowed = tuple(h for h in rt.layer.local if h // group in stores.full_kv)
-        retrieval = tuple(h for h in _heads_on(stores.full_kv, group) if h not in windowed)
-        if windowed:
-            leave(windowed, _beside(call, query, k, v, windowed, stores.full_kv, group, near))
+        heads = _heads_on(stores.full_kv, group)
+        windowed = tuple(h for h in heads if h in rt.layer.local)
+        retrieval = tuple(h for h in heads if h not in windowed)
+        rows = Rows(query, k, v, stores.full_kv, group)
         if rt.layer.index != "none" and stores.scored:
             _index(rt, call, key, stores)
-        if retrieval:
-            if call.decode and rt.layer.index != "none":
-                leave(retrieval, _chosen(rt, call, query, k, v, retrieval, stores, scale))
-            else:
-                every = {"window": ENDLESS, "sinks": 0, "min_context": 0, "scale": scale}
-                leave(retrieval, _causal(call, query, k, v, retrieval, stores.full_kv, group, every))
-    return torch.cat([out[h] for h in range(query.shape[1])], 1).transpose(1, 2), None
+        chosen = call.decode and rt.layer.index != "none" and bool(retrieval)
+        if not call.decode or call.masked:  # one call for both kinds: they read the same keys
+            one = _masked(rt, call, rows, retrieval, near) if chosen else _causal(call, rows, heads, windowed, near)
+            leave(heads, one)
+        else:
+            if windowed:
+                leave(*_beside(call, rows, windowed, near), windowed)
+            if chosen:
+                leave(*_chosen(rt, call, rows, retrieval, scale), retrieval)
+            elif retrieval:
+                leave(*_dense(call, rows, retrieval, near), retrieval)
+    whole = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return _some(whole, [found[h] for h in range(query.shape[1])]).transpose(1, 2), None
 
 
 def _heads_on(kv_heads: Sequence[int], group: int) -> tuple[int, ...]:
@@ -145,7 +156,8 @@ def _some(x: Tensor, heads: Sequence[int]) -> Tensor:
 
 def _append(number: int, call: Call, name: str, new: Tensor, heads: Sequence[int]) -> Tensor:
     past = call.past[number, name]
-    present = node("CacheUpdate", (past, _some(new, heads), call.lengths), past.shape, past.dtype)
+    operator = "IndexUpdate" if name == STORES[4] and (call.rewrite or not call.decode) else "CacheUpdate"
+    present = node(operator, (past, _some(new, heads), call.lengths), past.shape, past.dtype)
     call.present[number, name] = present
     return present
 
@@ -173,53 +185,47 @@ def _local(
     return found
 
 
-def _runs(heads: Sequence[int], kv_heads: Sequence[int], group: int) -> tuple[list[int], tuple[int, ...]]:
-    """The stored KV heads that these query heads read, by place in the store, and all query heads on them."""
-    read = [kv for kv in kv_heads if any(h // group == kv for h in heads)]
-    return [kv_heads.index(kv) for kv in read], _heads_on(read, group)
+@dataclass(frozen=True)
+class Rows:
+    """Query heads that read KV heads which keep every token."""
+
+    query: Tensor  # [batch, all query heads, rows, head_dim]
+    k: Tensor  # [batch, full KV heads, slots, head_dim]; v as well
+    v: Tensor
+    kv_heads: tuple[int, ...]  # the full KV heads
+    group: int
+
+    def runs(self, heads: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
+        """The KV heads that these query heads read, by place in the store, and all query heads on them: what shares
+        its KV heads is computed together, so that keys are read once a KV head."""
+        read = [kv for kv in self.kv_heads if any(h // self.group == kv for h in heads)]
+        return [self.kv_heads.index(kv) for kv in read], _heads_on(read, self.group)
 
 
-def _of(found: Tensor, heads: Sequence[int], every: Sequence[int]) -> Tensor:
-    """The wanted heads of what was computed for all that share their KV heads: keys are read once a KV head."""
-    return _some(found, [every.index(h) for h in heads])
+Found = tuple[tuple[int, ...], Tensor]  # query heads, and what they read: [batch, these heads, rows, head_dim]
 
 
-def _beside(
-    call: Call,
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: Sequence[int],
-    kv_heads: tuple[int, ...],
-    group: int,
-    near: dict[str, Any],
-) -> Tensor:
-    """Local heads on KV heads that keep every token."""
-    if not call.decode:
-        return _causal(call, query, k, v, heads, kv_heads, group, near)
-    places, every = _runs(heads, kv_heads, group)
-    q = _some(query, every)
-    found = node("BesideDecode", (q, k, v, call.lengths), q.shape, q.dtype, kv_heads=places, **near)
-    return _of(found, heads, every)
+def _beside(call: Call, rows: Rows, heads: Sequence[int], near: dict[str, Any]) -> Found:
+    """A decode row of local heads on KV heads that keep every token."""
+    places, every = rows.runs(heads)
+    q = _some(rows.query, every)
+    return every, node("BesideDecode", (q, rows.k, rows.v, call.lengths), q.shape, q.dtype, kv_heads=places, **near)
 
 
-def _causal(
-    call: Call,
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: Sequence[int],
-    kv_heads: tuple[int, ...],
-    group: int,
-    near: dict[str, Any],
-) -> Tensor:
-    """Rows over all slots of full KV heads: dense, or windowed."""
-    places, every = _runs(heads, kv_heads, group)
-    if not call.decode and len(every) > len(heads):  # a prompt's rows cost more than a copy of the keys
-        places, every = [kv_heads.index(h // group) for h in heads], tuple(heads)
-    q = _some(query, every)
-    found = node("CausalAttention", (q, _some(k, places), _some(v, places), call.lengths), q.shape, q.dtype, **near)
-    return _of(found, heads, every)
+def _dense(call: Call, rows: Rows, heads: Sequence[int], near: dict[str, Any]) -> Found:
+    """A decode row of retrieval heads that have no index."""
+    places, every = rows.runs(heads)
+    part = Rows(rows.query, _some(rows.k, places), _some(rows.v, places), rows.kv_heads, rows.group)
+    return every, _causal(call, part, every, (), near)
+
+
+def _causal(call: Call, rows: Rows, heads: Sequence[int], windowed: Sequence[int], near: dict[str, Any]) -> Tensor:
+    """Rows over all slots of all KV heads of ``rows``, of which ``heads`` are equal runs: dense, or of a window."""
+    local = [int(h in windowed) for h in heads]
+    if len(set(local)) == 1:
+        local = local[:1]  # one mask for all
+    q = _some(rows.query, heads)
+    return node("CausalAttention", (q, rows.k, rows.v, call.lengths), q.shape, q.dtype, local=local, **near)
 
 
 @torch.no_grad()
@@ -232,24 +238,17 @@ def _index(rt: LayerRuntime, call: Call, key: Tensor, stores: Stores) -> None:
     _append(rt.number, call, STORES[4], own, range(len(rt.layer.retrieval)))
 
 
-def _chosen(
-    rt: LayerRuntime,
-    call: Call,
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: Sequence[int],
-    stores: Stores,
-    scale: float,
-) -> Tensor:
-    """A decode row of retrieval heads: choose, or read the choice of the full layer below, and attend."""
+def _kept(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int]) -> Tensor:
+    """What a decode row of retrieval heads keeps, chosen here or read of the full layer below.
+
+    bool [batch, sets, slots], one set for all heads or one for each.
+    """
     plan, selector = rt.plan, rt.plan.selector
     assert selector is not None
-    union = selector.scope == "layer"
     source = plan.index_source(rt.number)
     if source not in call.kept:
         assert rt.indexer is not None
-        queries = rt.indexer.queries(as_selector_sees(rt, _some(query, heads)))
+        queries = rt.indexer.queries(as_selector_sees(rt, _some(rows.query, heads)))
         index = call.present[source, STORES[4]]
         attributes: dict[str, Any] = {
             "top_p": selector.top_p,
@@ -263,15 +262,31 @@ def _chosen(
         name = "SelectBlocks" if selector.granularity == "block" else "SelectTokens"
         shape = (index.shape[0], len(heads), index.shape[2])
         keep = node(name, (queries, index, call.lengths), shape, torch.bool, **attributes)
+        union = selector.scope == "layer"
         call.kept[source] = node("Union", (keep,), (shape[0], 1, shape[2]), torch.bool) if union else keep
-    group = plan.model.group
-    if union:
-        places, every = _runs(heads, stores.full_kv, group)
+    return call.kept[source]
+
+
+def _masked(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int], near: dict[str, Any]) -> Tensor:
+    """A decode row of all query heads on full KV heads, which retrieval ``heads`` read where they keep."""
+    keep = _kept(rt, call, rows, heads)
+    every = _heads_on(rows.kv_heads, rows.group)
+    sets = [(0 if keep.shape[1] == 1 else heads.index(h)) if h in heads else -1 for h in every]
+    q = _some(rows.query, every)
+    return node("MaskedDecode", (q, rows.k, rows.v, keep, call.lengths), q.shape, q.dtype, sets=sets, **near)
+
+
+def _chosen(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int], scale: float) -> Found:
+    """A decode row of retrieval heads: choose, gather and attend."""
+    assert rt.plan.selector is not None
+    keep = _kept(rt, call, rows, heads)
+    if rt.plan.selector.scope == "layer":
+        places, every = rows.runs(heads)
     else:
-        places, every = [stores.full_kv.index(h // group) for h in heads], tuple(heads)
-    q = _some(query, every)
-    found = node("ChosenDecode", (q, k, v, call.kept[source]), q.shape, q.dtype, kv_heads=places, scale=scale)
-    return _of(found, heads, every)
+        places, every = [rows.kv_heads.index(h // rows.group) for h in heads], tuple(heads)
+    q = _some(rows.query, every)
+    inputs = (q, rows.k, rows.v, keep)
+    return every, node("ChosenDecode", inputs, q.shape, q.dtype, kv_heads=places, scale=scale)
 
 
 def _mask(**kwargs: Any) -> None:

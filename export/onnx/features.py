@@ -8,11 +8,24 @@ from typing import Any
 from pydantic import BaseModel
 
 from sparsec.errors import PlanError
-from sparsec.plan import LayerPlan, Plan, Selector, Window
+from sparsec.plan import LayerPlan, Plan, Routing, Selector, Vocabulary, Window
 
 # Fields that the graphs honour, or that say nothing about what runs. A new field is refused where it is set.
 KNOWN: Mapping[type[BaseModel], frozenset[str]] = {
-    Plan: frozenset({"format", "producer", "model", "window", "selector", "min_context", "layers", "passes"}),
+    Plan: frozenset(
+        {
+            "format",
+            "producer",
+            "model",
+            "window",
+            "selector",
+            "min_context",
+            "layers",
+            "passes",
+            "routing",
+            "vocabulary",
+        }
+    ),
     Window: frozenset({"size", "sinks"}),
     Selector: frozenset(
         {
@@ -31,6 +44,8 @@ KNOWN: Mapping[type[BaseModel], frozenset[str]] = {
         }
     ),
     LayerPlan: frozenset({"heads", "index"}),
+    Routing: frozenset({"width", "rank", "activation", "hidden", "threshold", "sinks", "special", "attention", "mlp"}),
+    Vocabulary: frozenset({"mode", "base", "merged", "rows", "width", "boundary"}),
 }
 WAYS = {
     "dsa": "the model's own indexers run in PyTorch only",
@@ -50,8 +65,14 @@ def check_exportable(plan: Plan, config: Any = None) -> None:
     Raises:
         PlanError: naming the first field that they cannot mean.
     """
+    if plan.vocabulary is not None and plan.vocabulary.mode == "dynamic":
+        raise PlanError(
+            "a vocabulary that is merged by the batch cannot be exported: sparsec.load alone runs it; "
+            "compile with dynamic-tokenization.mode=static"
+        )
     for kind, known in KNOWN.items():
-        every = [each for each in (plan, plan.window, plan.selector, *plan.layers) if isinstance(each, kind)]
+        parts = (plan, plan.window, plan.selector, plan.routing, plan.vocabulary, *plan.layers)
+        every = [each for each in parts if isinstance(each, kind)]
         for part, name in ((each, name) for each in every for name in type(each).model_fields):
             if name in known or getattr(part, name) == type(part).model_fields[name].get_default():
                 continue

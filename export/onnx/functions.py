@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from sparsec.plugins.selector import TIE
+from sparsec.export.onnx.selection import SELECTION
 
 if TYPE_CHECKING:
     import onnx
@@ -79,7 +79,7 @@ _ATTEND = """
 """
 
 # Does row t see token j: 0 <= j <= t, and t - j < window, or j < sinks, or t < min_context. t [B, T, 1], j [.., .., C].
-_NEAR = """
+_SEEN = """
     window_i = Constant <value_int: int = @window> ()
     sinks_n = Constant <value_int: int = @sinks> ()
     context_i = Constant <value_int: int = @min_context> ()
@@ -93,6 +93,9 @@ _NEAR = """
     short = Less (t, context_i)
     near_a = Or (in_window, in_sinks)
     near = Or (near_a, short)
+"""
+_NEAR = f"""
+    {_SEEN}
     seen = And (causal, near)
     one_m = Constant <value_ints = [1]> ()
     mask = Unsqueeze (seen, one_m)
@@ -112,6 +115,15 @@ _ROWS = """
     t = Unsqueeze (rows_t, axes_t)
 """
 
+# Rows of new [B, K, T, D] by number, row int64 [B, C]: taken [B, K, C, D].
+_TAKE = """
+    axes_n = Constant <value_ints = [-1]> ()
+    row_n = Unsqueeze (row, axes_n)
+    new_rows = Transpose <perm = [0, 2, 1, 3]> (new)
+    taken_rows = GatherND <batch_dims = 1> (new_rows, row_n)
+    taken = Transpose <perm = [0, 2, 1, 3]> (taken_rows)
+"""
+
 # Rows of k and v at ``at``, int64 [B, N, n] slots of the KV heads ``kv_heads`` [N]: k_near, v_near [B, N, n, D].
 _PICK = """
     heads_v = Constant <value_ints: ints = @kv_heads> ()
@@ -127,87 +139,37 @@ _PICK = """
     v_near = GatherND <batch_dims = 1> (v_all, both)
 """
 
-# Steps 1 and 2 of the selector: weights of all visible tokens, [B, H, C]; visible [B, 1, C]; forced [B, 1, C].
-_WEIGHTS = """
-    slots_n = Shape <start = 2, end = 3> (index)
-    slots_s = Squeeze (slots_n)
-    zero_s = Constant <value_int = 0> ()
-    one_s = Constant <value_int = 1> ()
-    j = Range (zero_s, slots_s, one_s)
-    axes_t = Constant <value_ints = [1, 2]> ()
-    t = Unsqueeze (lengths, axes_t)
-    visible = LessOrEqual (j, t)
-    keys = Cast <to = 1> (index)
-    keys_turned = Transpose <perm = [0, 1, 3, 2]> (keys)
-    row_scores = MatMul (queries, keys_turned)
-    axes_m = Constant <value_ints = [2]> ()
-    scores = Squeeze (row_scores, axes_m)
-    hidden = Constant <value_float = -inf> ()
-    seen_scores = Where (visible, scores, hidden)
-    token_weights = Softmax <axis = -1> (seen_scores)
-    sinks_i = Constant <value_int: int = @sinks> ()
-    recent_i = Constant <value_int: int = @recent> ()
-    distance = Sub (t, j)
-    in_sinks = Less (j, sinks_i)
-    in_recent = Less (distance, recent_i)
-    token_forced_a = Or (in_sinks, in_recent)
-    token_forced = And (token_forced_a, visible)
-"""
-
-# Steps 3 to 6 over the items of ``weights`` [B, H, n] and ``forced`` [B, 1, n]; ``least``: the floor, int64 [1].
-_TOP_P = f"""
-    last_axis = Constant <value_ints = [-1]> ()
-    items_n = Shape <start = 2, end = 3> (weights)
-    ranked, ranks = TopK <axis = -1> (weights, items_n)
-    axis_c = Constant <value_int = -1> ()
-    before = CumSum <exclusive = 1> (ranked, axis_c)
-    p = Constant <value_float: float = @top_p> ()
-    below = Less (before, p)
-    below_i = Cast <to = 7> (below)
-    count_a = ReduceSum <keepdims = 1> (below_i, last_axis)
-    one_c = Constant <value_int = 1> ()
-    count = Max (count_a, one_c)
-    edge_at = Sub (count, one_c)
-    edge = GatherElements <axis = -1> (ranked, edge_at)
-    slack = Constant <value_float = {1 - TIE!r}> ()
-    edge_low = Mul (edge, slack)
-    crossed = GreaterOrEqual (weights, edge_low)
-    full_p = Constant <value_float = 1.0> ()
-    every = GreaterOrEqual (p, full_p)
-    kept_p = Or (crossed, every)
-    nothing = Constant <value_float = 0.0> ()
-    free = Where (forced, nothing, weights)
-    one_l = Constant <value_ints = [1]> ()
-    least_a = Min (least, items_n)
-    floor_k = Max (least_a, one_l)
-    largest, largest_at = TopK <axis = -1> (free, floor_k)
-    floor_place = Sub (floor_k, one_l)
-    floor_edge = Gather <axis = 2> (largest, floor_place)
-    floor_low = Mul (floor_edge, slack)
-    in_floor_a = GreaterOrEqual (free, floor_low)
-    some = Greater (free, nothing)
-    zero_l = Constant <value_ints = [0]> ()
-    wanted = Greater (least, zero_l)
-    in_floor_b = And (in_floor_a, some)
-    in_floor = And (in_floor_b, wanted)
-    kept_a = Or (kept_p, in_floor)
-    kept = Or (kept_a, forced)
-"""
-
-# Step 8, and what the row cannot see goes.
-_KEEP = """
-    context_i = Constant <value_int: int = @min_context> ()
-    short = Less (t, context_i)
-    kept_all = Or (token_kept, short)
-    keep = And (kept_all, visible)
-"""
-
 FUNCTIONS = {
     # New tokens of full KV heads, or index keys: cache [B, K, C, D], new [B, K, T, D]; lengths + T <= C.
     "CacheUpdate": """
 CacheUpdate (cache, new, lengths) => (present) {
     present = TensorScatter <axis = -2, mode = "linear"> (cache, new, lengths)
 }""",
+    # The same, by a choice of every slot. A prompt's index keys, which nothing else in its graph reads: TensorRT-RTX
+    # fails on several TensorScatter of such ("uses before defs").
+    "IndexUpdate": f"""
+IndexUpdate (cache, new, lengths) => (present) {{
+    zero_s = Constant <value_int = 0> ()
+    one_s = Constant <value_int = 1> ()
+    slots_n = Shape <start = 2, end = 3> (cache)
+    slots_s = Squeeze (slots_n)
+    slot = Range (zero_s, slots_s, one_s)
+    one_i = Constant <value_ints = [1]> ()
+    lengths_c = Unsqueeze (lengths, one_i)
+    place = Sub (slot, lengths_c)
+    rows_n = Shape <start = 2, end = 3> (new)
+    rows_s = Squeeze (rows_n)
+    behind = GreaterOrEqual (place, zero_s)
+    before = Less (place, rows_s)
+    fresh = And (behind, before)
+    last = Sub (rows_s, one_s)
+    place_a = Min (place, last)
+    row = Max (place_a, zero_s)
+    {_TAKE}
+    axes_e = Constant <value_ints = [1, 3]> ()
+    fresh_e = Unsqueeze (fresh, axes_e)
+    present = Where (fresh_e, taken, cache)
+}}""",
     # One new token of local KV heads: ring [B, K, C, D], new [B, K, 1, D].
     "RingWrite": """
 RingWrite <sinks> (ring, new, lengths) => (present) {
@@ -229,12 +191,9 @@ RingUpdate <sinks> (ring, new, lengths, added) => (present) {{
     lengths_c = Unsqueeze (lengths, one_i)
     fresh = GreaterOrEqual (token, lengths_c)
     place = Sub (token, lengths_c)
-    place_low = Max (place, zero_s)
+    row = Max (place, zero_s)
+    {_TAKE}
     axes_e = Constant <value_ints = [1, 3]> ()
-    place_e = Unsqueeze (place_low, axes_e)
-    new_shape = Shape (ring)
-    place_x = Expand (place_e, new_shape)
-    taken = GatherElements <axis = 2> (new, place_x)
     fresh_e = Unsqueeze (fresh, axes_e)
     present = Where (fresh_e, taken, ring)
 }}""",
@@ -264,14 +223,52 @@ WindowDecode <window, sinks, min_context, scale> (q, ring, v, lengths) => (out) 
     {_NEAR}
     {_ATTEND}
 }}""",
-    # Rows on full KV heads: everything up to the row, or a window of it. q [B, H, T, D], k, v [B, K, C, D].
+    # Rows on full KV heads: everything up to the row, or a window of it where a query head's entry of ``local`` is 1; a
+    # single entry is for all heads. q [B, H, T, D], k, v [B, K, C, D].
     "CausalAttention": f"""
-CausalAttention <window, sinks, min_context, scale> (q, k, v, lengths) => (out) {{
+CausalAttention <window, sinks, min_context, scale, local> (q, k, v, lengths) => (out) {{
     {_ROWS}
     slots_n = Shape <start = 2, end = 3> (k)
     slots_s = Squeeze (slots_n)
     j = Range (zero_r, slots_s, one_r)
-    {_NEAR}
+    {_SEEN}
+    heads_v = Constant <value_ints: ints = @local> ()
+    heads_b = Cast <to = 9> (heads_v)
+    heads_all = Not (heads_b)
+    axes_h = Constant <value_ints = [1, 2]> ()
+    heads_c = Unsqueeze (heads_all, axes_h)
+    one_m = Constant <value_ints = [1]> ()
+    near_h = Unsqueeze (near, one_m)
+    causal_h = Unsqueeze (causal, one_m)
+    wanted = Or (near_h, heads_c)
+    mask = And (causal_h, wanted)
+    {_ATTEND}
+}}""",
+    # One decode row of all query heads on full KV heads, under a mask: where gathering what is kept costs more than
+    # it saves. ``sets``: by query head, its set in keep, bool [B, S, C]; -1: sinks and window. q [B, H, 1, D].
+    "MaskedDecode": f"""
+MaskedDecode <window, sinks, min_context, scale, sets> (q, k, v, keep, lengths) => (out) {{
+    axes_t = Constant <value_ints = [1, 2]> ()
+    t = Unsqueeze (lengths, axes_t)
+    slots_n = Shape <start = 2, end = 3> (k)
+    slots_s = Squeeze (slots_n)
+    zero_j = Constant <value_int = 0> ()
+    one_j = Constant <value_int = 1> ()
+    j = Range (zero_j, slots_s, one_j)
+    {_SEEN}
+    seen_near = And (causal, near)
+    sets_v = Constant <value_ints: ints = @sets> ()
+    sets_low = Max (sets_v, zero_j)
+    kept = Gather <axis = 1> (keep, sets_low)
+    some = Less (sets_v, zero_j)
+    axes_s = Constant <value_ints = [1]> ()
+    local = Unsqueeze (some, axes_s)
+    by_window = And (local, seen_near)
+    others = Not (local)
+    by_choice = And (others, kept)
+    wanted = Or (by_window, by_choice)
+    axes_m = Constant <value_ints = [2]> ()
+    mask = Unsqueeze (wanted, axes_m)
     {_ATTEND}
 }}""",
     # One decode row of local heads on full KV heads: sinks and window are read out of the store.
@@ -309,67 +306,6 @@ BesideDecode <window, sinks, min_context, scale, kv_heads> (q, k_all, v_all, len
     v = Identity (v_near)
     {_ATTEND}
 }}""",
-    # What a decode row of each retrieval head keeps, by tokens: queries float32 [B, H, 1, R], index [B, H, C, R];
-    # keep bool [B, H, C].
-    "SelectTokens": f"""
-SelectTokens <top_p, sinks, recent, min_keep, min_context> (queries, index, lengths) => (keep) {{
-    {_WEIGHTS}
-    weights = Identity (token_weights)
-    forced = Identity (token_forced)
-    least_s = Constant <value_int: int = @min_keep> ()
-    axes_z = Constant <value_ints = [0]> ()
-    least = Unsqueeze (least_s, axes_z)
-    {_TOP_P}
-    token_kept = Identity (kept)
-    {_KEEP}
-}}""",
-    # The same by blocks of ``block`` tokens.
-    "SelectBlocks": f"""
-SelectBlocks <top_p, sinks, recent, min_keep, min_context, block> (queries, index, lengths) => (keep) {{
-    {_WEIGHTS}
-    block_s = Constant <value_int: int = @block> ()
-    axes_z = Constant <value_ints = [0]> ()
-    block_n = Unsqueeze (block_s, axes_z)
-    zeros_l = Constant <value_ints = [0]> ()
-    minus_l = Constant <value_ints = [-1]> ()
-    negative = Neg (slots_n)
-    behind = Mod (negative, block_n)
-    pad_axis = Constant <value_ints = [2]> ()
-    pads = Concat <axis = 0> (zeros_l, behind)
-    no_weight = Constant <value_float = 0.0> ()
-    padded = Pad (token_weights, pads, no_weight, pad_axis)
-    to_blocks = Concat <axis = 0> (zeros_l, zeros_l, minus_l, block_n)
-    in_blocks = Reshape (padded, to_blocks)
-    weights = ReduceSum <keepdims = 0> (in_blocks, minus_l)
-    forced_f = Cast <to = 1> (token_forced)
-    padded_f = Pad (forced_f, pads, no_weight, pad_axis)
-    in_blocks_f = Reshape (padded_f, to_blocks)
-    forced_b = ReduceMax <keepdims = 0> (in_blocks_f, minus_l)
-    forced = Greater (forced_b, no_weight)
-    least_s = Constant <value_int: int = @min_keep> ()
-    least_o = Add (least_s, block_s)
-    one_k = Constant <value_int = 1> ()
-    least_b = Sub (least_o, one_k)
-    least_c = Div (least_b, block_s)
-    least = Unsqueeze (least_c, axes_z)
-    {_TOP_P}
-    kept_l = Unsqueeze (kept, minus_l)
-    ones_l = Constant <value_ints = [1]> ()
-    spread = Concat <axis = 0> (ones_l, ones_l, ones_l, block_n)
-    kept_x = Expand (kept_l, spread)
-    flat = Concat <axis = 0> (zeros_l, zeros_l, minus_l)
-    kept_t = Reshape (kept_x, flat)
-    token_kept = Slice (kept_t, zeros_l, slots_n, pad_axis)
-    {_KEEP}
-}}""",
-    # One set for a layer, the union over its heads: [B, H, C] -> [B, 1, C].
-    "Union": """
-Union (keep) => (every) {
-    keep_i = Cast <to = 6> (keep)
-    axes_h = Constant <value_ints = [1]> ()
-    some_i = ReduceMax <keepdims = 1> (keep_i, axes_h)
-    every = Cast <to = 9> (some_i)
-}""",
     # One decode row, exactly, on what is kept, and on nothing else: q [B, N * G, 1, D], k_all, v_all [B, K, C, D],
     # keep bool [B, 1 or N, C]. Kept slots are listed in order of time, short lists end in -1.
     "ChosenDecode": f"""
@@ -425,6 +361,7 @@ ChosenDecode <kv_heads, scale> (q, k_all, v_all, keep) => (out) {{
     {_ATTEND}
 }}""",
 }
+FUNCTIONS |= SELECTION
 
 
 def function(name: str, bodies: Mapping[str, str] = FUNCTIONS) -> onnx.FunctionProto:

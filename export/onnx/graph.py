@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsec.export.onnx.attention import NAME, STORES, Call, Stores, stores_of
 from sparsec.export.onnx.files import Kind
 from sparsec.export.onnx.functions import OPSET
+from sparsec.export.onnx.routing import keep, routed
 from sparsec.plan import Plan
 from sparsec.plugins.families import attention_modules, final_norm
 
@@ -25,16 +26,16 @@ def store_names(stores: list[Stores]) -> list[tuple[int, str]]:
 class Traced(nn.Module):
     """What is traced: token ids and stores in, logits of each sequence's last token and stores out."""
 
-    def __init__(self, model: Any, kind: Kind) -> None:
+    def __init__(self, model: Any, kind: Kind, *, masked: bool, rewrite: bool) -> None:
         super().__init__()
-        self.model, self.kind = model, kind
+        self.model, self.kind, self.masked, self.rewrite = model, kind, masked, rewrite
         self.plan: Plan = model.sparsec_plan
         self.names = store_names([stores_of(self.plan, i, model.config) for i in range(self.plan.model.layers)])
 
     def forward(self, input_ids: Tensor, lengths: Tensor, added: Tensor, stores: list[Tensor]) -> tuple[Tensor, ...]:
         """input_ids: int64 [batch, rows]; lengths, added: int64 [batch]. Logits are [batch, vocabulary]."""
         past = dict(zip(self.names, stores, strict=True))
-        call = Call(self.kind == "decode", lengths, added, past)
+        call = Call(self.kind == "decode", lengths, added, past, self.masked, self.rewrite)
         for module in attention_modules(self.model):
             module.sparsec.call = call  # type: ignore[union-attr]
         last = (added - 1).clamp_min(0)  # a sequence may have no token in this call
@@ -47,21 +48,24 @@ class Traced(nn.Module):
         hook = final_norm(self.model).register_forward_hook(only_last)
         try:
             positions = lengths[:, None] + torch.arange(input_ids.shape[1])
+            keep(self.model, input_ids, positions)
             logits = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).logits[:, 0]
         finally:
             hook.remove()
         return logits, *(call.present[name] for name in self.names)
 
 
-def trace(model: Any, kind: Kind, slots: int | None = None) -> Any:
+def trace(model: Any, kind: Kind, slots: int | None = None, *, masked: bool = False) -> Any:
     """A model that runs a plan as ONNX: PyTorch's ``ONNXProgram``, whose weights are the model's own tensors.
 
     Args:
         model: a model that runs a plan.
         kind: rows of prompts, or one decode row.
-        slots: of full KV heads, where the runtime wants a number (TensorRT); None: any.
+        slots: of full KV heads, where the runtime wants a number; None: any. TensorRT does, and wants index keys to be
+            chosen slot by slot.
+        masked: a decode row reads all keys of full KV heads under a mask instead of gathering what is kept.
     """
-    traced = Traced(model, kind).eval()
+    traced = Traced(model, kind, masked=masked, rewrite=slots is not None).eval()
     plan, config = traced.plan, model.config
     batch, room, rows = 2, slots or 24, 1 if kind == "decode" else 5
     dtype = next(model.parameters()).dtype
@@ -76,7 +80,7 @@ def trace(model: Any, kind: Kind, slots: int | None = None) -> Any:
     ids = {0: dims["batch"], **({1: dims["rows"]} if kind == "prefill" else {})}
     shapes_in = {"input_ids": ids, "lengths": {0: dims["batch"]}, "added": {0: dims["batch"]}, "stores": moving}
     past, present = ([f"{when}.{i}.{name}" for i, name in traced.names] for when in ("past", "present"))
-    with _attention(model), warnings.catch_warnings():
+    with _attention(model), routed(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             traced,
