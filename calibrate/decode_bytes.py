@@ -59,7 +59,7 @@ def read_bytes(plan: Plan, context: float, kept: Mapping[int, float], itemsize: 
     read = sum(len(selecting_kv_heads(plan, i)) for i in plan.indexed())
     return Read(
         context=context,
-        index=full * plan.selector.rank * itemsize * context,
+        index=full * plan.selector.index_bytes(itemsize) * context,
         kept=sum(kept.values()) * pair,
         dense=read * pair * context,
     )
@@ -116,7 +116,7 @@ def resident_bytes(plan: Plan, tokens: int, itemsize: int) -> dict[str, int]:
         held["dense"] += shape.kv_heads * tokens * pair
         held["full"] += (shape.kv_heads - gone) * tokens * pair
         if layer.index == "full" and plan.selector is not None:
-            held["index"] += len(layer.retrieval) * tokens * plan.selector.rank * itemsize
+            held["index"] += len(layer.retrieval) * tokens * plan.selector.index_bytes(itemsize)
         if plan.window is None:
             continue
         most = plan.window.size + plan.window.sinks

@@ -116,6 +116,7 @@ def _plan_lines(plan: Plan) -> list[str]:
             f"the last {s.recent} forced, one set a {s.scope}",
             *[f"          in prefill too: {s.query_block} rows at a time choose blocks of {s.block}"]
             * (s.prefill == "selector"),
+            *["          its keys are in fp8, one scale a token and head"] * (s.index_dtype == "fp8"),
             f"sharing   {plan.pattern} on layers {', '.join(map(str, plan.indexed()))}",
         ]
     return lines

@@ -57,6 +57,7 @@ def made_plan(
     prefill: str,
     granularity: str = "query_head",
     vote_every: int = 1,
+    index_dtype: str = "model",
     seed: int = 0,
 ) -> Plan:
     """Retrieval heads drawn at random, blocks of 64 of which top-p keeps about ``rate``.
@@ -68,6 +69,7 @@ def made_plan(
         granularity: ``query_head``, or ``kv_head``: a KV head's query heads are retrieval heads together, so that no
             other KV head keeps every token.
         vote_every: of so many prompt rows one chooses.
+        index_dtype: of projected keys in the cache, ``model`` or ``fp8``.
     """
     shape, rng = shape_of(model.config), random.Random(seed)
     size = shape.group if granularity == "kv_head" else 1
@@ -92,6 +94,7 @@ def made_plan(
                 "scope": "head",
                 "prefill": prefill,
                 "vote_every": vote_every,
+                "index_dtype": index_dtype,
             },
             "layers": layers,
         }

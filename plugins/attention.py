@@ -22,6 +22,7 @@ from sparsec.plan import Dsa, LayerPlan, Plan
 from sparsec.plugins.blocks import Groups, choose_blocks, group_numbers, groups_of, kept_keys
 from sparsec.plugins.cache import SparseLayer
 from sparsec.plugins.compensation import Dropped, compensated
+from sparsec.plugins.index_keys import loaded, stored
 from sparsec.plugins.masked import ROWS, Picked, dense, gathered, picked_rows, windowed
 from sparsec.plugins.selector import Indexer, causal, select, unrotate
 
@@ -309,11 +310,11 @@ def _full(
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)  # a choice has no other precision in training than in use
 def _index_keys(rt: LayerRuntime, k: Tensor) -> Tensor | None:
-    """Projected keys of the new tokens: [batch, retrieval heads, rows, rank]; shared layers have none."""
+    """Projected keys of the new tokens as the cache holds them, [batch, retrieval heads, rows, ...]; shared: none."""
     if rt.indexer is None or rt.plan.selector is None:
         return None
     heads = torch.searchsorted(rt.full_kv, rt.retrieval // rt.plan.model.group)
-    return rt.indexer.keys(as_selector_sees(rt, k)[:, heads]).to(k.dtype)
+    return stored(rt.indexer.keys(as_selector_sees(rt, k)[:, heads]), k.dtype, rt.plan.selector)
 
 
 def as_selector_sees(rt: LayerRuntime, x: Tensor) -> Tensor:
@@ -386,7 +387,7 @@ def _scores(rt: LayerRuntime, q: Tensor, start: int, stop: int, index: Tensor | 
     assert rt.indexer is not None
     assert index is not None
     queries = rt.indexer.queries(as_selector_sees(rt, q)[:, :, start:stop])
-    return queries @ index[:, :, :keys].float().transpose(-1, -2)
+    return queries @ loaded(index[:, :, :keys]).transpose(-1, -2)
 
 
 @torch.no_grad()
@@ -448,7 +449,7 @@ def _choose_blocks(
     assert index is not None
     assert rt.plan.selector is not None
     part, seen = slice(groups.start, groups.stop), past + groups.stop
-    scores = queries[:, :, part] @ index[:, :, :seen].float().transpose(-1, -2)
+    scores = queries[:, :, part] @ loaded(index[:, :, :seen]).transpose(-1, -2)
     q_pos, k_pos = pos[:, past:][:, part], pos[:, :seen]
     return choose_blocks(scores, numbers[:, part], groups, q_pos, k_pos, rt.plan.selector)
 

@@ -4,7 +4,7 @@ A Transformers ``Cache`` is a list of layer caches; :func:`plugins.runtime` fill
 
     full KV heads    every token,                   [batch, full KV heads, tokens, head_dim]
     local KV heads   sinks and window, a ring,      [batch, local KV heads, sinks + window, head_dim]
-    index keys       Wk k of every token,           [batch, retrieval heads, tokens, rank]
+    index keys       Wk k of every token,           [batch, retrieval heads, tokens, rank], or in fp8 rank + 1 bytes
     dropped          where the window compensates: sums of what local heads no longer see, float32,
                      [batch, KV heads, head_dim], a key and a value a KV head that a local head reads
 

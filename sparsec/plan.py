@@ -91,14 +91,23 @@ class Selector(Strict):
     vote_every: int = Field(
         default=1, ge=1, le=1024, description="of these rows every so-manyth decides for all, the first one among them"
     )
+    index_dtype: Literal["model", "fp8"] = Field(
+        default="model",
+        description="projected keys in the cache: its own dtype, or e4m3 with a scale a token and head, rank + 1 bytes",
+    )
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Where every row votes, as it was written before there was a choice: the digest stays."""
+        """Fields that came later and say nothing here are not written: the digest stays."""
         data: dict[str, Any] = write(self)
-        if self.vote_every == 1:
-            data.pop("vote_every", None)
+        for name in ("vote_every", "index_dtype"):
+            if getattr(self, name) == type(self).model_fields[name].default:
+                data.pop(name, None)
         return data
+
+    def index_bytes(self, itemsize: int) -> int:
+        """Bytes of a token's projected key, of one head; ``itemsize``: of a number in the cache."""
+        return self.rank + 1 if self.index_dtype == "fp8" else self.rank * itemsize
 
 
 class Hisa(Strict):

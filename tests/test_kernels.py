@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from sparsec.plan import Selector, Window
+from sparsec.plugins.index_keys import loaded, stored
 from sparsec.plugins.selector import select
 
 pytest.importorskip("triton")
 from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of
-from sparsec.plugins.kernels import blocks, choose, decode, lists
+from sparsec.plugins.kernels import append, blocks, choose, decode, lists
 from sparsec.plugins.kernels.window import window_prefill
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,6 +83,42 @@ def test_windows_in_a_prompt(
     assert not bool(out[1, heads][:, padded].any()), "padded rows are zero"
 
 
+# Storing a token -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [16, 5])
+def test_a_new_token_is_stored_in_fp8_as_the_reference_stores_it(rank: int) -> None:
+    """Every number of a head is a key of its own here: Wk is diagonal. Halves, subnormals and a key of zeros are in it."""
+    torch.manual_seed(rank)
+    keys = torch.randn(60, rank, device=DEVICE) * torch.exp(4 * torch.randn(60, rank, device=DEVICE))
+    keys[0] = 0.0
+    keys[1] = 255.9
+    keys[2] = 1.0625 + 0.125 * torch.arange(rank, device=DEVICE)  # between two of e4m3
+    keys[3] = keys[2] / 2**12
+    keys[3, 0] = -1.9
+    how = selector(rank=rank, index_dtype="fp8")
+    true = stored(keys, torch.float32, how)
+    count, dim = len(keys), 16
+    q, k = torch.zeros(1, count, 1, dim, device=DEVICE), torch.zeros(1, count, 1, dim, device=DEVICE)
+    k[0, :, 0, :rank] = keys
+    eye = torch.eye(rank, dim, device=DEVICE).expand(count, -1, -1).contiguous()
+    far = torch.zeros(2, 1, count, 3, dim, device=DEVICE)
+    near = torch.zeros(2, 1, 0, 4, dim, device=DEVICE)
+    index = torch.zeros(1, count, 3, rank, dtype=torch.uint8, device=DEVICE)
+    scales = torch.zeros(1, count, 3, 1, dtype=torch.uint8, device=DEVICE)
+    each = ints(*range(count))
+    append.append(
+        q, k, k, None, (eye, eye), ints(1), each, each, each, (near[0], near[1]), (far[0], far[1]), index,
+        torch.zeros(1, count, rank, device=DEVICE), 4, scales,
+    )  # fmt: skip
+    found = torch.cat((index, scales), 3)[0]
+    assert torch.equal(loaded(found[:, 1]), loaded(true))
+    assert not bool(found[:, [0, 2]].any()), "no other token's slot is touched"
+    assert torch.equal(far[0, 0, :, 1], k[0, :, 0])
+    off = (loaded(true) - keys).abs()
+    assert bool((off <= keys.abs() / 16 + keys.abs().amax(1, keepdim=True) * 2.0**-17).all()), "half a step at most"
+
+
 # One row ---------------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +148,9 @@ CASES = {
     "flat": Case(selector(top_p=0.4, min_keep=10), (900,), scores="flat"),
     "ties": Case(selector(top_p=0.5), (900,), scores="ties"),
     "short": Case(selector(), (1, 2), dim=256, dtype=torch.float16),
+    "fp8": Case(selector(index_dtype="fp8"), (700, 1301)),
+    "fp8, blocks": Case(selector(index_dtype="fp8", granularity="block", top_p=0.7), (1500,), dtype=torch.float16),
+    "fp8, ties": Case(selector(index_dtype="fp8", top_p=0.5), (900,), scores="ties"),
 }
 HEADS, KV, RETRIEVAL = 8, 2, [1, 5, 6]
 
@@ -124,6 +164,14 @@ def index_keys(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if kind == "one":
         keys *= 0.01
     return keys
+
+
+def in_store(index: Tensor, how: Selector) -> tuple[Tensor, Tensor | None]:
+    """Index keys as the kernels' cache holds them, and the exponents of their scales."""
+    if how.index_dtype == "model":
+        return index, None
+    held = stored(index.float(), index.dtype, how)
+    return held[..., :-1].contiguous(), held[..., -1:].contiguous()
 
 
 @pytest.mark.parametrize("way", ["list", "ranges"])
@@ -147,7 +195,9 @@ def test_a_decode_step(name: str, way: str) -> None:
     values = torch.full((batch, len(RETRIEVAL), items), float("nan"), device=DEVICE)
     stats = torch.full((batch, len(RETRIEVAL), -(-slots // choose.CHUNK), 3), float("nan"), device=DEVICE)
     totals, edges = (torch.full((batch, len(RETRIEVAL), *more), float("nan"), device=DEVICE) for more in ((), (2,)))
-    choose.score(index, queries, lengths, item, values, stats)
+    keys, scales = in_store(index, case.selector)
+    index = loaded(stored(index.float(), dtype, case.selector))
+    choose.score(keys, queries, lengths, item, values, stats, scales)
     if case.selector.top_p < 1 and way == "ranges":
         sums = torch.full(
             (2, batch, len(RETRIEVAL), choose.shares_of(items), 2 * choose.WAYS), float("nan"), device=DEVICE
@@ -207,6 +257,7 @@ def test_a_decode_step(name: str, way: str) -> None:
         (100, 40, {"query_block": 24, "block": 8, "recent": 0, "sinks": 0, "min_keep": 40, "top_p": 0.2}),
         (100, 33, {"query_block": 16, "block": 16, "vote_every": 4, "top_p": 0.7}),
         (64, 0, {"top_p": 1.0}),
+        (100, 33, {"query_block": 16, "block": 16, "vote_every": 2, "top_p": 0.7, "index_dtype": "fp8"}),
     ],
 )
 def test_groups_choose_the_blocks_that_the_reference_chooses(
@@ -221,11 +272,12 @@ def test_groups_choose_the_blocks_that_the_reference_chooses(
     numbers = group_numbers(q_pos, how, 0)
     groups = groups_of(numbers, 0, rows)
     assert groups is not None
-    scores = queries @ index[:, :, : past + rows].transpose(2, 3)
+    scores = queries @ loaded(stored(index[:, :, : past + rows], index.dtype, how)).transpose(2, 3)
+    keys, scales = in_store(index, how)
     true = choose_blocks(scores, numbers, groups, q_pos, k_pos, how)
     group, count = blocks.group_range(past, rows, 6, how)[0]
     assert count == groups.count
-    found = blocks.choose_lists(queries, index, ints(past, past), group, count, past + rows, how, 0)
+    found = blocks.choose_lists(queries, keys, ints(past, past), group, count, past + rows, how, 0, scales)
     for b in range(2):
         for line in range(true.shape[1]):
             for place in range(count):

@@ -48,6 +48,13 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Of --shape and --prefill selector: of so many prompt rows one chooses blocks.",
 )
+@click.option(
+    "--index-dtype",
+    default="model",
+    show_default=True,
+    type=click.Choice(["model", "fp8"]),
+    help="Of --shape: projected keys in the cache.",
+)
 @click.option("--no-dense", is_flag=True, help="Leave the dense model out.")
 @click.option("--contexts", default="2048,4096,8192", show_default=True, help="Prompt lengths in tokens.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Sequences at once.")
@@ -67,6 +74,7 @@ def bench_command(
     prefill: str,
     granularity: str,
     vote_every: int,
+    index_dtype: str,
     no_dense: bool,
     contexts: str,
     batch: int,
@@ -101,6 +109,7 @@ def bench_command(
                 "prefill": prefill,
                 "granularity": granularity,
                 "vote_every": vote_every,
+                "index_dtype": index_dtype,
             }
             subject = of_shape(shape, max(lengths), **made, **where)
         result = bench(subject, lengths, batch=batch, tokens=tokens, kernels=kernels, dense=not no_dense, listen=listen)

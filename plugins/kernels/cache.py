@@ -2,7 +2,8 @@
 
     full KV heads    every token,        [batch, full KV heads, slots, head_dim]; token n in slot n
     local KV heads   sinks and a ring,   [batch, local KV heads, sinks + ring, head_dim]; see :func:`slot_of`
-    index keys       Wk k of every token [batch, retrieval heads, slots, rank]
+    index keys       Wk k of every token [batch, retrieval heads, slots, rank]; in fp8 the exponents of their scales
+                     apart, [batch, retrieval heads, slots, 1]
 
 The ring holds the window, or all tokens that are dense up to ``min_context`` if those are more. Padding is not stored:
 each sequence has its own length, ``lengths``, which decode steps read and count on the device. ``length`` counts
@@ -37,6 +38,7 @@ class KernelLayer(PlanLayer):
         self.ring = max(self.window.size, plan.min_context - self.sinks)
         self.length = self.slots = 0
         self.lengths: Tensor | None = None  # int32 [batch]
+        self.scales: Tensor | None = None  # uint8 [batch, retrieval heads, slots, 1]
 
     def prepare(self, k: Tensor, rank: int, more: int) -> None:
         """Room for ``more`` columns like k, [batch, KV heads, rows, head_dim]."""
@@ -49,7 +51,10 @@ class KernelLayer(PlanLayer):
             shape = (batch, len(self.full_kv), 0, dim)
             self.far_keys, self.far_values = k.new_zeros(shape), k.new_zeros(shape)
             scored = len(self.plan.layers[self.number].retrieval) if rank else 0
-            self.index = k.new_zeros(batch, scored, 0, max(1, rank))
+            fp8 = self.plan.selector is not None and self.plan.selector.index_dtype == "fp8"
+            dtype = torch.uint8 if fp8 else k.dtype
+            self.index = k.new_zeros(batch, scored, 0, max(1, rank), dtype=dtype)
+            self.scales = k.new_zeros(batch, scored, 0, 1, dtype=dtype) if fp8 else None
         if needed > self.slots:
             self.reserve(max(LEAST, 2 * self.slots, needed) if self.length else max(LEAST, needed + LEAST))
 
@@ -63,6 +68,8 @@ class KernelLayer(PlanLayer):
         self.far_keys = _grown(self.far_keys, keep, self.slots + 1)
         self.far_values = _grown(self.far_values, keep, self.slots + 1)
         self.index = _grown(self.index, keep, self.slots + 1)
+        if self.scales is not None:
+            self.scales = _grown(self.scales, keep, self.slots + 1)
 
     def slot_of(self, token: Tensor) -> Tensor:
         """Where local KV heads hold a token."""
@@ -84,7 +91,8 @@ class KernelLayer(PlanLayer):
         """New tokens of a prompt.
 
         Args:
-            k, v: [batch, KV heads, rows, head_dim]; index: [batch, retrieval heads, rows, rank] or None.
+            k, v: [batch, KV heads, rows, head_dim]; index: [batch, retrieval heads, rows, ...] or None, as
+                :func:`sparsec.plugins.index_keys.stored` gives them.
             number: int [batch, rows], token numbers, -1 where a row is padding.
             padded: some row is.
         """
@@ -96,7 +104,10 @@ class KernelLayer(PlanLayer):
             for place, kv in enumerate(self.full_kv)
         ]
         if index is not None:
-            stores += list(zip(self.index.unbind(1), index.unbind(1), strict=True))
+            rank = self.index.shape[3]
+            stores += list(zip(self.index.unbind(1), index[..., :rank].unbind(1), strict=True))
+            if self.scales is not None:
+                stores += list(zip(self.scales.unbind(1), index[..., rank:].unbind(1), strict=True))
         slot = torch.where(number >= 0, number, self.slots)
         for store, new in stores:  # [batch, slots, …] and [batch, rows, …]
             if not padded:
@@ -134,7 +145,8 @@ class KernelLayer(PlanLayer):
         self.lengths = None
 
     def _held(self) -> list[tuple[Any, str]]:
-        names = ("lengths", "near_keys", "near_values", "far_keys", "far_values", "index")
+        names = ["lengths", "near_keys", "near_values", "far_keys", "far_values", "index"]
+        names += ["scales"] * (self.scales is not None)
         return [(self, name) for name in names] if self.lengths is not None else []
 
     @property
