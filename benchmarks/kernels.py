@@ -32,6 +32,7 @@ from sparsec.plan import Plan
 from sparsec.plugins import selector as selecting
 from sparsec.plugins.attention import LayerRuntime, Step, layer_runtime
 from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of, kept_keys
+from sparsec.plugins.index_keys import loaded, stored
 from sparsec.plugins.kernels import attention as kernels
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
 from sparsec.plugins.kernels.window import window_prefill
@@ -47,8 +48,8 @@ WRONG = 1e-2  # relative error against float64 from which on a result is wrong
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
-def plan(window: int, granularity: str, prefill: str = "dense", every: int = 1) -> Plan:
-    """A plan of one layer. every: prompt rows of which one votes."""
+def plan(window: int, granularity: str, prefill: str = "dense", every: int = 1, **more: Any) -> Plan:
+    """A plan of one layer. every: prompt rows of which one votes; more: of the selector."""
     heads = tuple(int(head in RETRIEVAL) for head in range(HEADS))
     return Plan.parse(
         {
@@ -59,7 +60,7 @@ def plan(window: int, granularity: str, prefill: str = "dense", every: int = 1) 
             "selector": {
                 "rank": RANK, "rope": "post", "top_p": 0.9, "granularity": granularity, "block": BLOCK,
                 "sinks": SINKS, "recent": 64, "min_keep": 0, "scope": "head", "prefill": prefill,
-                "vote_every": every,
+                "vote_every": every, **more,
             },
             "layers": [{"heads": heads, "index": "full"}],
         }
@@ -77,9 +78,11 @@ def runtime(of: Plan, dtype: torch.dtype, length: int, rate: float, seed: int) -
         store.normal_(generator=generator)
     # The first direction of an index key is what queries are made to look at: high in a few blocks, low elsewhere.
     hot = torch.rand(len(RETRIEVAL), cache.slots // BLOCK + 1, generator=generator, device=GPU) < rate / 0.9
-    cache.index.normal_(generator=generator).mul_(0.02)
-    at = hot.repeat_interleave(BLOCK, 1)[:, : cache.index.shape[2]]
-    cache.index[0, :, :, 0] += torch.where(at, 4.0, -4.0).to(dtype)
+    index = torch.empty(cache.index.shape, dtype=dtype, device=GPU).normal_(generator=generator).mul_(0.02)
+    at = hot.repeat_interleave(BLOCK, 1)[:, : index.shape[2]]
+    index[0, :, :, 0] += torch.where(at, 4.0, -4.0).to(dtype)
+    assert of.selector is not None
+    cache.store_index(slice(0, index.shape[2]), stored(index, dtype, of.selector))
     assert cache.lengths is not None
     cache.lengths.fill_(length)
     cache.length = length
@@ -129,7 +132,7 @@ def check_decode(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
             if head in RETRIEVAL:
                 row = RETRIEVAL.index(head)
                 queries = rt.indexer.queries(q[:, list(RETRIEVAL)])[:, row]
-                scores = queries @ cache.index[:, row, :n].float().transpose(1, 2)
+                scores = queries @ loaded(cache.index_of(slice(0, n)))[:, row].transpose(1, 2)
                 # Which token crosses top_p hangs on the rounding of a sum: sets on both sides of that are right.
                 hows = [of.selector.model_copy(update={"top_p": of.selector.top_p + off}) for off in (0, -1e-6, 1e-6)]
                 sets = [select(scores[:, None], pos[None, -1:], pos[None], how, 0)[0, 0, 0] for how in hows]
@@ -169,7 +172,8 @@ def check_prefill(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
     sets = torch.ones(1, len(RETRIEVAL), length, length, dtype=torch.bool, device=GPU)
     if of.selector.prefill == "selector":
         queries = rt.indexer.queries(q[:, list(RETRIEVAL)])
-        index = rt.indexer.keys(k[:, [head // (HEADS // KV) for head in RETRIEVAL]]).to(dtype).float()
+        index = rt.indexer.keys(k[:, [head // (HEADS // KV) for head in RETRIEVAL]])
+        index = loaded(stored(index, dtype, of.selector))
         numbers = group_numbers(t.T, of.selector, 0)
         groups = groups_of(numbers, 0, length)
         assert groups is not None
@@ -305,12 +309,14 @@ def time_decode(of: Plan, length: int, rate: float) -> dict[str, Any]:
     )
     dense = {name: value / layers for name, value in dense.items()}
     window = 2 * (WINDOW + SINKS) * DIM * 2 * KV
-    read = window + len(RETRIEVAL) * length * (RANK * 2 + rate * 2 * DIM * 2)
+    assert of.selector is not None
+    index = of.selector.index_bytes(2)
+    read = window + len(RETRIEVAL) * length * (index + rate * 2 * DIM * 2)
     return {
         "ours_us": ours / layers * 1e3, "dense_us": {name: value * 1e3 for name, value in dense.items()},
         "speedup": min(dense.values(), default=0.0) * layers / ours, "kept": share, "layers": layers,
         "floor_us": read / BANDWIDTH * 1e6, "bytes_per_second": read / (ours / layers * 1e-3),
-        "kv_bytes": window // KV * (KV - full) + 2 * full * length * DIM * 2 + len(RETRIEVAL) * length * RANK * 2,
+        "kv_bytes": window // KV * (KV - full) + 2 * full * length * DIM * 2 + len(RETRIEVAL) * length * index,
         "dense_kv_bytes": dense_bytes,
     }  # fmt: skip
 
@@ -352,10 +358,14 @@ def main() -> None:
                 for length in (600, 5000, 40000):
                     name = f"decode {granularity} {length} {dtype}"
                     note("checks", name, partial(check_decode, plan(1024, granularity), dtype, length))
+                    eight = plan(1024, granularity, index_dtype="fp8")
+                    note("checks", f"{name} fp8 index keys", partial(check_decode, eight, dtype, length))
             note("checks", f"prefill {dtype}", partial(check_prefill, plan(700, "token"), dtype, 3001))
             for every in VOTE_EVERY:
                 name, by_blocks = f"prefill by blocks, every {every} {dtype}", plan(700, "token", "selector", every)
                 note("checks", name, partial(check_prefill, by_blocks, dtype, 3001))
+            eight = plan(700, "token", "selector", index_dtype="fp8")
+            note("checks", f"prefill by blocks, fp8 index keys {dtype}", partial(check_prefill, eight, dtype, 3001))
         wrong = [name for name, result in found["checks"].items() if not result.get("error", math.inf) < WRONG]
         if wrong:
             sys.exit(f"wrong, so nothing is timed: {', '.join(wrong)}")
@@ -371,6 +381,9 @@ def main() -> None:
                         f"{granularity} {length} {rate}",
                         partial(time_decode, plan(WINDOW, granularity), length, rate),
                     )
+            for rate in map(float, options.rates.split(",")):
+                eight = plan(WINDOW, "block", index_dtype="fp8")
+                note("decode", f"block {length} {rate} fp8 index keys", partial(time_decode, eight, length, rate))
         if options.only in (None, "prefill"):
             ways = {"dense": plan(WINDOW, "block")}
             ways |= {f"blocks, every {n}": plan(WINDOW, "block", "selector", n) for n in VOTE_EVERY}

@@ -120,11 +120,11 @@ def kernels(result: Mapping[str, Any]) -> str:
             times = [f"{one['ours_ms']:.1f} ms", f"{dense:.1f} ms ({best})", f"{one['speedup']:.1f}x"]
             rows.append([f"{int(length):,}", f"prompt, {way}", *times, f"{one['local_over_floor']:.2f}"])
     for name, one in result["decode"].items():
-        granularity, length, rate = name.split(" ")
+        granularity, length, rate, *more = name.split(" ", 3)
         if "failed" not in one:
             dense, best = min((value, kind) for kind, value in one["dense_us"].items())
             times = [f"{one['ours_us']:.0f} us", f"{dense:.0f} us ({best})", f"{one['speedup']:.1f}x"]
-            what = f"decode, {float(rate):.0%} kept by {granularity}s"
+            what = ", ".join([f"decode, {float(rate):.0%} kept by {granularity}s", *more])
             rows.append([f"{int(length):,}", what, *times, f"{one['ours_us'] / one['floor_us']:.2f}"])
     rows.sort(key=lambda row: int(row[0].replace(",", "")))
     head = ["tokens", "", "the plan", "dense", "faster", "times its floor"]

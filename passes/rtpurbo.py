@@ -84,7 +84,7 @@ class Rtpurbo(Pass):
     query_block: int = Field(default=64, ge=1, le=1024, description="prompt rows that choose key blocks together")
     vote_every: int = Field(default=1, ge=1, le=1024, description="every so-manyth of these rows decides for them")
     index_dtype: Literal["model", "fp8"] = Field(
-        default="model", description="projected keys in the cache: its own dtype, or fp8, about half of bf16's bytes (ours)"
+        default="model", description="projected keys in the cache: its own dtype, or fp8: 53 % of bf16's bytes (ours)"
     )
     forced_recent: int = Field(default=64, ge=0, description="latest tokens that retrieval heads always keep (ours)")
     min_keep: int = Field(default=64, ge=0, description="unforced tokens kept at least (ours); the paper's block is 64")

@@ -90,8 +90,13 @@ PLANS = {
     "query blocks of which some rows vote": make_plan(prefill="selector", query_block=8, vote_every=3, min_context=18),
     "index keys in fp8": make_plan(index_dtype="fp8"),
     "index keys in fp8, blocks in prefill too": make_plan(
-        index=("full", "full", "none", "full"), scope="head", granularity="block", rope="post", prefill="selector",
-        query_block=8, index_dtype="fp8",
+        index=("full", "full", "none", "full"),
+        scope="head",
+        granularity="block",
+        rope="post",
+        prefill="selector",
+        query_block=8,
+        index_dtype="fp8",
     ),
 }
 ANY_CHUNK = ("short contexts dense", "compensated", "compensated from here on", "single queries")

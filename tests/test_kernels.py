@@ -88,7 +88,7 @@ def test_windows_in_a_prompt(
 
 @pytest.mark.parametrize("rank", [16, 5])
 def test_a_new_token_is_stored_in_fp8_as_the_reference_stores_it(rank: int) -> None:
-    """Every number of a head is a key of its own here: Wk is diagonal. Halves, subnormals and a key of zeros are in it."""
+    """Each head's projection gives one of the keys; halves, subnormals and a key of zeros are among them."""
     torch.manual_seed(rank)
     keys = torch.randn(60, rank, device=DEVICE) * torch.exp(4 * torch.randn(60, rank, device=DEVICE))
     keys[0] = 0.0

@@ -103,11 +103,8 @@ def _chosen_blocks(
         blocks.group_range(start, stop - start, len(q) * len(rt.layer.retrieval), selector)
     ):
         if queries is not None:
-            source.append(
-                blocks.choose_lists(
-                    queries, cache.index, first, group, count, stop, selector, least, cache.scales
-                )  # fmt: skip
-            )
+            chosen = (queries, cache.index, first, group, count, stop, selector, least, cache.scales)
+            source.append(blocks.choose_lists(*chosen))
         blocks.block_prefill(
             q, *cache.far, out, tables.retrieval, tables.retrieval_places, tables.list_of, first, source[place],
             selector, least, scale,

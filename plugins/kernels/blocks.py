@@ -294,7 +294,8 @@ def choose_lists(
         scores = queries.new_empty(batch, scored, packs, blocks, size)
         keys, of = max(16, item), scales if scales is not None else index
         _block_scores[triton.cdiv(blocks * item, max(WIDE, keys)), packs, batch * scored](
-            queries, index, of, first, group, groups, rows, scored, blocks, *index.stride()[:3], *of.stride()[:2], scores,
+            queries, index, of, first, group, groups, rows, scored, blocks, *index.stride()[:3], *of.stride()[:2],
+            scores,
             RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)), BLOCK_N=keys, WIDE=max(WIDE, keys),
             EXACT=index.element_size() > 2, FP8=scales is not None, **shape, **voting, num_warps=4, num_stages=3,
         )  # fmt: skip

@@ -104,10 +104,11 @@ class KernelLayer(PlanLayer):
             for place, kv in enumerate(self.full_kv)
         ]
         if index is not None:
-            rank = self.index.shape[3]
-            stores += list(zip(self.index.unbind(1), index[..., :rank].unbind(1), strict=True))
-            if self.scales is not None:
-                stores += list(zip(self.scales.unbind(1), index[..., rank:].unbind(1), strict=True))
+            stores += [
+                pair
+                for store, part in self._index_parts(index)
+                for pair in zip(store.unbind(1), part.unbind(1), strict=True)
+            ]
         slot = torch.where(number >= 0, number, self.slots)
         for store, new in stores:  # [batch, slots, …] and [batch, rows, …]
             if not padded:
@@ -125,6 +126,22 @@ class KernelLayer(PlanLayer):
             self._store_recent(k, v, torch.cat((number[:, :sinks], number[:, begin:]), 1), after, padded)
         self.lengths.copy_(after)
         self.length += rows
+
+    def store_index(self, slots: slice, index: Tensor) -> None:
+        """Put index keys, as :func:`sparsec.plugins.index_keys.stored` gives them, into these slots."""
+        for store, part in self._index_parts(index):
+            store[:, :, slots] = part
+
+    def index_of(self, slots: slice) -> Tensor:
+        """What these slots hold, as :func:`sparsec.plugins.index_keys.stored` gave it."""
+        keys = self.index[:, :, slots]
+        return keys if self.scales is None else torch.cat((keys, self.scales[:, :, slots]), 3)
+
+    def _index_parts(self, index: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The stores, and what of each key belongs there."""
+        rank = self.index.shape[3]
+        scales = [(self.scales, index[..., rank:])] if self.scales is not None else []
+        return [(self.index, index[..., :rank]), *scales]
 
     def _store_recent(self, k: Tensor, v: Tensor, number: Tensor, after: Tensor, padded: bool) -> None:
         """Sinks, and the newest ``ring`` tokens: no slot is written twice, so the order of writing does not matter."""

@@ -203,7 +203,7 @@ def score(
         lengths: int32 [batch], tokens before the row's own.
         item: tokens an item.
         values: float32 [batch, scored heads, items]; stats: float32 [batch, scored heads, chunks, 3].
-        scales: uint8 [batch, scored heads, slots, 1], biased exponents, where index keys are in fp8; None: they are not.
+        scales: uint8 [batch, scored heads, slots, 1], biased exponents, where keys are in fp8; None: they are not.
     """
     batch, scored, _, rank = index.shape
     of = scales if scales is not None else index
