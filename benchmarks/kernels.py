@@ -310,13 +310,13 @@ def time_decode(of: Plan, length: int, rate: float) -> dict[str, Any]:
     dense = {name: value / layers for name, value in dense.items()}
     window = 2 * (WINDOW + SINKS) * DIM * 2 * KV
     assert of.selector is not None
-    index = of.selector.index_bytes(2)
-    read = window + len(RETRIEVAL) * length * (index + rate * 2 * DIM * 2)
+    read = window + len(RETRIEVAL) * (of.selector.index_read(length, 2) + length * rate * 2 * DIM * 2)
+    held = 2 * full * length * DIM * 2 + len(RETRIEVAL) * of.selector.index_bytes(length, 2)
     return {
         "ours_us": ours / layers * 1e3, "dense_us": {name: value * 1e3 for name, value in dense.items()},
         "speedup": min(dense.values(), default=0.0) * layers / ours, "kept": share, "layers": layers,
         "floor_us": read / BANDWIDTH * 1e6, "bytes_per_second": read / (ours / layers * 1e-3),
-        "kv_bytes": window // KV * (KV - full) + 2 * full * length * DIM * 2 + len(RETRIEVAL) * length * index,
+        "kv_bytes": window // KV * (KV - full) + held,
         "dense_kv_bytes": dense_bytes,
     }  # fmt: skip
 

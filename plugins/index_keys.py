@@ -8,6 +8,8 @@ The largest of a key's numbers comes to lie in [128, 256), below e4m3's 448, so 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,18 @@ from sparsec.plan import Selector
 
 BIAS = 127  # of the stored exponent, float32's own
 LIFT = 7  # the largest number lies in [2^7, 2^8)
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a layer's retrieval heads choose by: all tokens so far, the call's own included."""
+
+    keys: Tensor  # [batch, heads, tokens, ...], of :func:`stored`
+    bounds: Tensor | None = None  # [batch, heads, blocks, 2 rank], of a coarse level
+
+    def read(self, tokens: int) -> Tensor:
+        """The keys of the first tokens, float32 [batch, heads, tokens, rank]."""
+        return loaded(self.keys[:, :, :tokens])
 
 
 def stored(keys: Tensor, dtype: torch.dtype, selector: Selector) -> Tensor:

@@ -98,6 +98,18 @@ PLANS = {
         query_block=8,
         index_dtype="fp8",
     ),
+    "a coarse level": make_plan(granularity="block", coarse={"min_context": 45, "one_in": 4}),
+    "a coarse level, a set a head": make_plan(
+        index=("full", "full", "none", "full"),
+        scope="head",
+        granularity="block",
+        min_keep=9,
+        top_p=0.8,
+        recent=0,
+        sinks=0,
+        index_dtype="fp8",
+        coarse={"min_context": 0, "one_in": 3},
+    ),
 }
 ANY_CHUNK = ("short contexts dense", "compensated", "compensated from here on", "single queries")
 
@@ -191,6 +203,26 @@ def naive_fp8(key: Tensor) -> Tensor:
     return torch.tensor(out, dtype=torch.float64) * scale
 
 
+def naive_beside(keys: Tensor, query: Tensor, plan: Plan) -> list[int]:
+    """Tokens that a coarse level leaves out of the row that sees these keys: float64 [t + 1, rank]."""
+    how, n = plan.selector, len(keys)
+    assert how is not None
+    assert how.coarse is not None
+    if n <= how.coarse.min_context:
+        return []
+    blocks = [list(range(b, min(b + how.block, n))) for b in range(0, n, how.block)]
+    kept = {j // how.block for j in range(n) if j < how.sinks or n - 1 - j < how.recent} | {len(blocks) - 1}
+    bound = {}
+    for b, block in enumerate(blocks):
+        if b not in kept:
+            least, largest = keys[block].min(0).values, keys[block].max(0).values
+            bound[b] = float(torch.maximum(query * least, query * largest).sum())
+            assert bound[b] >= float((keys[block] @ query).max()) - 1e-9
+    edge = sorted(bound.values(), reverse=True)[min(-(-len(blocks) // how.coarse.one_in), len(bound)) - 1]
+    kept |= {b for b in bound if bound[b] >= edge - 1e-4}
+    return [j for b, block in enumerate(blocks) if b not in kept for j in block]
+
+
 @contextmanager
 def reference(model: Any, plan: Plan, tensors: dict[str, Tensor], prompt: int) -> Iterator[None]:
     """The model with attention written out from the plan; rows from ``prompt`` on are decode rows."""
@@ -213,7 +245,11 @@ def reference(model: Any, plan: Plan, tensors: dict[str, Tensor], prompt: int) -
             keys = seen_k[b, h // group, : t + 1].double() @ wk.T
             if plan.selector.index_dtype == "fp8":  # type: ignore[union-attr]
                 keys = torch.stack([naive_fp8(key) for key in keys])
-            return keys @ (wq @ seen_q[b, h, t].double())
+            query = wq @ seen_q[b, h, t].double()
+            found = keys @ query
+            if t >= prompt and plan.selector.coarse is not None:  # type: ignore[union-attr]
+                found[naive_beside(keys, query, plan)] = float("-inf")
+            return found
 
         for b in range(q.shape[0]):
             for t in range(rows):
