@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sparsec.plan import Selector, Window
-from sparsec.plugins.kernels import append, blocks, choose, decode, lists
+from sparsec.plan import Coarse, Selector, Window
+from sparsec.plugins.kernels import append, blocks, choose, coarse, decode, lists
 from sparsec.plugins.kernels.window import window_prefill
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8"}
@@ -69,10 +69,11 @@ def main() -> None:
     index, queries = halves(1, RETRIEVAL, SLOTS, 16), torch.zeros(1, RETRIEVAL, 16)
     projection = torch.zeros(RETRIEVAL, 16, DIM)
     eight, scales = (torch.zeros(1, RETRIEVAL, SLOTS, last, dtype=torch.uint8) for last in (16, 1))
+    bounds = halves(1, RETRIEVAL, SLOTS // 64, 32)
     for keys, exponents in ((index, None), (eight, scales)):
         append.append(
             one, k[:, :, :1], k[:, :, :1], (torch.zeros(1, 1, DIM),) * 2, (projection, projection), ints(1), ints(KV),
-            ints(RETRIEVAL), ints(RETRIEVAL), (near, near), (far, far), keys, queries, 4, exponents,
+            ints(RETRIEVAL), ints(RETRIEVAL), (near, near), (far, far), keys, queries, 4, exponents, bounds, 64,
         )  # fmt: skip
     partial, lse = torch.zeros(1, HEADS, 128, DIM), torch.zeros(1, HEADS, 128)
     decode.window_decode(
@@ -105,6 +106,10 @@ def main() -> None:
         rank=16, rope="post", top_p=0.9, granularity="block", block=64, sinks=4, recent=64, min_keep=64,
         prefill="selector", query_block=64, vote_every=4,
     )  # fmt: skip
+    levels = prompt.model_copy(update={"coarse": Coarse(min_context=65536)})
+    for keys, exponents in ((index, None), (eight, scales)):
+        found = torch.zeros(1, RETRIEVAL, SLOTS // 64)
+        coarse.score(keys, exponents, bounds, queries, ints(1), levels, found)
     rows = torch.zeros(1, RETRIEVAL, 4096, 16)
     chosen = blocks.choose_lists(rows, index, ints(1), 0, 8, SLOTS, prompt, 0)
     blocks.choose_lists(rows, eight, ints(1), 0, 8, SLOTS, prompt, 0, scales)

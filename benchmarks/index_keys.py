@@ -25,8 +25,8 @@ from torch import Tensor
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.splits import Calibration
+from sparsec.compiler.explain import artifact_data
 from sparsec.compiler.versions import versions
-from sparsec.export.artifact import artifact_data
 from sparsec.plan import Plan
 from sparsec.plugins.attention import Step
 from sparsec.plugins.device import device_name

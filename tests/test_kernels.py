@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from sparsec.plan import Selector, Window
+from sparsec.plugins.coarse import candidates, extended
 from sparsec.plugins.index_keys import loaded, stored
 from sparsec.plugins.selector import select
 
 pytest.importorskip("triton")
 from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of
-from sparsec.plugins.kernels import append, blocks, choose, decode, lists
+from sparsec.plugins.kernels import append, blocks, choose, coarse, decode, lists
 from sparsec.plugins.kernels.window import window_prefill
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -243,6 +244,45 @@ def test_a_decode_step(name: str, way: str) -> None:
             s = (k[b, h // 4, :n].double() @ q[b, h, 0].double()) * dim**-0.5
             true = s.masked_fill(~seen, float("-inf")).softmax(-1) @ v[b, h // 4, :n].double()
             assert error(out[b, h, 0], true) < TOLERANCE[dtype], (b, h)
+
+
+@pytest.mark.parametrize("dtype", ["model", "fp8"])
+@pytest.mark.parametrize(
+    ("lengths", "changed"),
+    [
+        ((1501, 640), {"block": 16, "coarse": {"min_context": 700, "one_in": 4}}),  # the second is short
+        ((2300,), {"block": 2, "recent": 1, "sinks": 0, "coarse": {"min_context": 0, "one_in": 3}}),
+        ((300, 257), {"block": 64, "recent": 0, "sinks": 0, "coarse": {"min_context": 0, "one_in": 64}}),
+        ((40, 1), {"block": 64, "coarse": {"min_context": 0, "one_in": 2}}),  # the row's own block alone
+    ],
+)
+def test_candidates_of_a_coarse_level_are_scored_and_nothing_else(
+    lengths: tuple[int, ...], changed: dict[str, Any], dtype: str
+) -> None:
+    torch.manual_seed(len(lengths))
+    how = selector(**{"granularity": "block", "index_dtype": dtype, "rank": 8} | changed)
+    slots = -(-max(lengths) // 1024) * 1024
+    index = torch.randn(len(lengths), 3, slots, 8, device=DEVICE)
+    index[:, :, :, 0] += 2 * torch.randn(len(lengths), 3, slots // how.block, device=DEVICE).repeat_interleave(
+        how.block, 2
+    )
+    queries = torch.randn(len(lengths), 3, 8, device=DEVICE)
+    keys, scales = in_store(index, how)
+    held = stored(index, index.dtype, how)
+    bounds = torch.full((len(lengths), 3, slots // how.block, 16), float("nan"), device=DEVICE)
+    coarse.bound_prompt(held, bounds, how.block, 0, max(lengths) // how.block)
+    values = torch.full((len(lengths), 3, slots // how.block), float("nan"), device=DEVICE)
+    coarse.score(keys, scales, bounds, queries, ints(*(n - 1 for n in lengths)), how, values)
+    for b, n in enumerate(lengths):
+        pos = torch.arange(n, device=DEVICE)[None]
+        true = extended(None, loaded(held[b : b + 1, :, :n]), pos, how.block, torch.float32)
+        whole = n // how.block
+        assert torch.equal(bounds[b, :, :whole], true[0, :, :whole])
+        chosen = candidates(queries[b][None, :, None], true, pos[:, -1:], pos, how)[0, :, 0]
+        scores = (loaded(held[b, :, :n]) @ queries[b][:, :, None])[..., 0].masked_fill(~chosen, float("-inf"))
+        padded = torch.nn.functional.pad(scores, (0, -n % how.block), value=float("-inf"))
+        expected = padded.unflatten(-1, (-1, how.block)).logsumexp(-1)
+        torch.testing.assert_close(values[b, :, : expected.shape[-1]], expected, atol=1e-4, rtol=1e-5)
 
 
 # Groups of prompt rows that choose blocks --------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from sparsec.plan import Window
 from sparsec.plugins.attention import LayerRuntime, Step, as_selector_sees
 from sparsec.plugins.index_keys import stored
 from sparsec.plugins.kernels import append, blocks, choose, decode, lists
+from sparsec.plugins.kernels import coarse as levels
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
 from sparsec.plugins.kernels.window import window_prefill
 
@@ -122,7 +123,7 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
     indexed = rt.layer.index != "none" and selector is not None
     item = selector.block if selector is not None and selector.granularity == "block" else 1
     items = -(-cache.slots // item)
-    listed = lists.fits(items)
+    listed = lists.fits(items) or (selector is not None and selector.coarse is not None)
     size = _range(items, item)
     if not indexed:
         ranges = -(-cache.slots // 1024)
@@ -137,7 +138,7 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
     projections = (rt.indexer.q_proj.weight, rt.indexer.k_proj.weight) if rt.indexer is not None else None
     append.append(
         q, k, v, rope, projections, cache.lengths, tables.kv_place, tables.retrieval, tables.retrieval_kv,
-        cache.near, cache.far, cache.index, queries, cache.sinks, cache.scales,
+        cache.near, cache.far, cache.index, queries, cache.sinks, cache.scales, cache.bounds, item,
     )  # fmt: skip
     where = (q, cache.near, cache.far, cache.lengths)
     with _ahead(q.device) as join:
@@ -204,7 +205,11 @@ def _scored(rt: LayerRuntime, cache: KernelLayer, queries: Tensor, item: int, it
     batch, scored = cache.index.shape[:2]
     values = queries.new_empty(batch, scored, items)
     stats = queries.new_empty(batch, scored, -(-cache.slots // choose.CHUNK), 3)
-    if rt.plan.selector.top_p < 1:  # else all is kept, whatever it scores
+    coarse = rt.plan.selector.coarse
+    if coarse is not None and cache.slots > coarse.min_context:
+        assert cache.bounds is not None
+        levels.score(cache.index, cache.scales, cache.bounds, queries, cache.lengths, rt.plan.selector, values)
+    elif rt.plan.selector.top_p < 1:  # else all is kept, whatever it scores
         choose.score(cache.index, queries, cache.lengths, item, values, stats, cache.scales)
     return values, stats
 

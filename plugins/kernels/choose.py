@@ -42,6 +42,16 @@ def _scored(k_at, scale_at, row, token, valid, query, r, RANK: tl.constexpr, FP8
 
 
 @triton.jit
+def _log_sum(value, CHUNK: tl.constexpr, ITEM: tl.constexpr):
+    """The log of the summed weights of every ITEM of CHUNK scores."""
+    tokens = tl.reshape(value, [CHUNK // ITEM, ITEM])
+    top = tl.max(tokens, 1)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(tokens - safe[:, None]), 1)
+    return tl.where(top == float("-inf"), top, safe + tl.log(tl.maximum(total, 1e-30)))
+
+
+@triton.jit
 def _score(
     index, scales, queries, lengths, index_batch, index_head, index_row, scale_batch, scale_head, scored, items,
     values, stats,
@@ -58,11 +68,7 @@ def _score(
     scale_at = scales + b.to(tl.int64) * scale_batch + h.to(tl.int64) * scale_head
     value = _scored(k_at, scale_at, index_row, at, at < n, query, r, RANK, FP8)
     if ITEM > 1:
-        tokens = tl.reshape(value, [CHUNK // ITEM, ITEM])
-        top = tl.max(tokens, 1)
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(tl.exp(tokens - safe[:, None]), 1)
-        value = tl.where(top == float("-inf"), top, safe + tl.log(tl.maximum(total, 1e-30)))
+        value = _log_sum(value, CHUNK, ITEM)
     item = chunk * (CHUNK // ITEM) + tl.arange(0, CHUNK // ITEM)
     tl.store(values + row * items + item, value, mask=item < items)
     top = tl.max(value, 0)
