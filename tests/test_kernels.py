@@ -142,6 +142,7 @@ CASES = {
     "one set a layer": Case(selector(scope="layer"), (700, 1301)),
     "blocks": Case(selector(granularity="block"), (640, 641)),
     "blocks, one set": Case(selector(granularity="block", scope="layer", min_keep=300), (1500,), dim=96),
+    "nothing is forced": Case(selector(granularity="block", sinks=0, recent=0, min_keep=0, top_p=0.5), (650, 641)),
     "several programs search": Case(selector(top_p=0.5, min_keep=0), (4500,), dim=128),
     "a large floor": Case(selector(top_p=0.3, min_keep=1000, sinks=0, recent=1), (2100,), dtype=torch.float16),
     "everything": Case(selector(top_p=1.0), (500,)),

@@ -126,7 +126,7 @@ def _above(
         weight = tl.exp(value - lse)
         mass += tl.where(value[:, None] > edge[None, :], weight[:, None], 0.0)
         if MIN_KEEP > 0:
-            forced = (begin < SINKS) | (begin + ITEM > recent)
+            forced = (begin < SINKS) | (tl.minimum(begin + ITEM, n) > recent)
             far = tl.where(there & (forced == 0) & (weight > 0.0), 1.0, 0.0)
             number += tl.where(value[:, None] > edge_far[None, :], far[:, None], 0.0)
     return tl.sum(mass, 0), tl.sum(number, 0)

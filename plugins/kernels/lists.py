@@ -33,7 +33,7 @@ def _kept(value, edge, edge_far, lse, MIN_KEEP: tl.constexpr, SLACK: tl.constexp
 @triton.jit
 def _forced(begin, n, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_CONTEXT: tl.constexpr, ITEM: tl.constexpr):
     """Items that are kept whatever they score."""
-    return (begin < tl.where(n <= MIN_CONTEXT, n, SINKS)) | (begin + ITEM > n - RECENT)
+    return (begin < tl.where(n <= MIN_CONTEXT, n, SINKS)) | (tl.minimum(begin + ITEM, n) > n - RECENT)
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _above_of(
     mass = tl.sum(tl.where(value[:, None] > edges[None, :], weight[:, None], 0.0), 0)
     number = mass
     if MIN_KEEP > 0:
-        forced = (begin < SINKS) | (begin + ITEM > n - RECENT)
+        forced = (begin < SINKS) | (tl.minimum(begin + ITEM, n) > n - RECENT)
         far = tl.where((forced == 0) & (weight > 0.0), 1.0, 0.0)
         number = tl.sum(tl.where(value[:, None] > edges_far[None, :], far[:, None], 0.0), 0)
     return mass, number
