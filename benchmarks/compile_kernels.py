@@ -69,11 +69,11 @@ def main() -> None:
     index, queries = halves(1, RETRIEVAL, SLOTS, 16), torch.zeros(1, RETRIEVAL, 16)
     projection = torch.zeros(RETRIEVAL, 16, DIM)
     eight, scales = (torch.zeros(1, RETRIEVAL, SLOTS, last, dtype=torch.uint8) for last in (16, 1))
-    bounds = halves(1, RETRIEVAL, SLOTS // 64, 32)
+    means = halves(1, RETRIEVAL, SLOTS // 64, 16)
     for keys, exponents in ((index, None), (eight, scales)):
         append.append(
             one, k[:, :, :1], k[:, :, :1], (torch.zeros(1, 1, DIM),) * 2, (projection, projection), ints(1), ints(KV),
-            ints(RETRIEVAL), ints(RETRIEVAL), (near, near), (far, far), keys, queries, 4, exponents, bounds, 64,
+            ints(RETRIEVAL), ints(RETRIEVAL), (near, near), (far, far), keys, queries, 4, exponents, means, 64,
         )  # fmt: skip
     partial, lse = torch.zeros(1, HEADS, 128, DIM), torch.zeros(1, HEADS, 128)
     decode.window_decode(
@@ -109,7 +109,7 @@ def main() -> None:
     levels = prompt.model_copy(update={"coarse": Coarse(min_context=65536)})
     for keys, exponents in ((index, None), (eight, scales)):
         found = torch.zeros(1, RETRIEVAL, SLOTS // 64)
-        coarse.score(keys, exponents, bounds, queries, ints(1), levels, found)
+        coarse.score(keys, exponents, means, queries, ints(1), levels, found)
     rows = torch.zeros(1, RETRIEVAL, 4096, 16)
     chosen = blocks.choose_lists(rows, index, ints(1), 0, 8, SLOTS, prompt, 0)
     blocks.choose_lists(rows, eight, ints(1), 0, 8, SLOTS, prompt, 0, scales)

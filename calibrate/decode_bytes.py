@@ -18,7 +18,7 @@ class Read:
     """Bytes that one decode step reads in the layers with an index, means over rows."""
 
     context: float  # tokens, the new one included
-    index: float  # index keys of all tokens, or bounds and those of candidates; layers that share a set read none
+    index: float  # index keys of all tokens, or means and those of candidates; layers that share a set read none
     kept: float  # keys and values of the union of what the query heads on a KV head read
     dense: float  # keys and values of all tokens of the same KV heads, once for their query heads
 

@@ -23,7 +23,7 @@ from sparsec.plugins.blocks import Groups, choose_blocks, group_numbers, groups_
 from sparsec.plugins.cache import SparseLayer
 from sparsec.plugins.coarse import candidates, extended
 from sparsec.plugins.compensation import Dropped, compensated
-from sparsec.plugins.index_keys import Index, loaded, stored
+from sparsec.plugins.index_keys import Index, stored
 from sparsec.plugins.masked import ROWS, Picked, dense, gathered, picked_rows, windowed
 from sparsec.plugins.selector import Indexer, causal, select, unrotate
 
@@ -277,7 +277,7 @@ def _full(
     if cache is not None and step.commit:
         cache.full_keys, cache.full_values = k, v
         if index is not None:
-            cache.index_keys, cache.index_bounds = index.keys, index.bounds
+            cache.index_keys, cache.index_means = index.keys, index.means
     q_pos = pos[:, -rows:]
     if len(rt.windowed):
         heads = torch.searchsorted(rt.full_kv, rt.windowed // group)
@@ -317,13 +317,13 @@ def _index(rt: LayerRuntime, k: Tensor, pos: Tensor) -> Index | None:
         return None
     assert cache is None or isinstance(cache, SparseLayer)
     heads = torch.searchsorted(rt.full_kv, rt.retrieval // rt.plan.model.group)
-    keys, bounds = stored(rt.indexer.keys(as_selector_sees(rt, k)[:, heads]), k.dtype, selector), None
-    if selector.coarse is not None:
-        held = cache.index_bounds if cache is not None else None
-        bounds = extended(held, loaded(keys), pos[:, -k.shape[2] :], selector.block, k.dtype)
+    keys, means = stored(rt.indexer.keys(as_selector_sees(rt, k)[:, heads]), k.dtype, selector), None
     if cache is not None and cache.index_keys is not None:
         keys = torch.cat((cache.index_keys, keys), 2)
-    return Index(keys, bounds)
+    if selector.coarse is not None:
+        held = cache.index_means if cache is not None else None
+        means = extended(held, keys, pos, k.shape[2], selector.block, k.dtype)
+    return Index(keys, means)
 
 
 def as_selector_sees(rt: LayerRuntime, x: Tensor) -> Tensor:
@@ -388,8 +388,8 @@ def _choose(
     scores, of = _scores(rt, q, start, stop, index, k_pos.shape[1]), None
     if rt.plan.selector.coarse is not None:
         assert index is not None
-        assert index.bounds is not None
-        of = candidates(_queries(rt, q, start, stop), index.bounds, q_pos, k_pos, rt.plan.selector)
+        assert index.means is not None
+        of = candidates(_queries(rt, q, start, stop), index.means, q_pos, k_pos, rt.plan.selector)
     return select(scores, q_pos, k_pos, rt.plan.selector, rt.plan.min_context, candidates=of)
 
 

@@ -24,7 +24,7 @@ class Index:
     """What a layer's retrieval heads choose by: all tokens so far, the call's own included."""
 
     keys: Tensor  # [batch, heads, tokens, ...], of :func:`stored`
-    bounds: Tensor | None = None  # [batch, heads, blocks, 2 rank], of a coarse level
+    means: Tensor | None = None  # [batch, heads, blocks, rank], of a coarse level
 
     def read(self, tokens: int) -> Tensor:
         """The keys of the first tokens, float32 [batch, heads, tokens, rank]."""

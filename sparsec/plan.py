@@ -67,7 +67,7 @@ class Window(Strict):
 
 
 class Coarse(Strict):
-    """Blocks are ranked by bounds on their scores first, tokens are scored only in the best ones (as Quest's pages)."""
+    """Blocks are ranked by their mean projected key first, tokens are scored only in the best ones (as HISA does)."""
 
     min_context: int = Field(ge=0, description="rows of at most so many tokens score all of them")
     one_in: int = Field(
@@ -122,20 +122,20 @@ class Selector(Strict):
         return self
 
     def index_bytes(self, tokens: float, itemsize: int) -> float:
-        """Bytes of one head's projected keys in the cache, bounds included; ``itemsize``: of a number there."""
+        """Bytes of one head's projected keys in the cache, with the means of blocks; ``itemsize``: of a number there."""
         keys = tokens * (self.rank + 1 if self.index_dtype == "fp8" else self.rank * itemsize)
-        return keys + (self._bound_bytes(tokens, itemsize) if self.coarse is not None else 0)
+        return keys + (self._mean_bytes(tokens, itemsize) if self.coarse is not None else 0)
 
     def index_read(self, tokens: float, itemsize: int) -> float:
         """Bytes of them that a decode step reads in a context of so many tokens: forced blocks and ties not counted."""
         if self.coarse is None or tokens <= self.coarse.min_context:
             return self.model_copy(update={"coarse": None}).index_bytes(tokens, itemsize)
-        return self._bound_bytes(tokens, itemsize) + self.model_copy(update={"coarse": None}).index_bytes(
+        return self._mean_bytes(tokens, itemsize) + self.model_copy(update={"coarse": None}).index_bytes(
             tokens / self.coarse.one_in, itemsize
         )
 
-    def _bound_bytes(self, tokens: float, itemsize: int) -> float:
-        return -(-tokens // self.block) * 2 * self.rank * itemsize
+    def _mean_bytes(self, tokens: float, itemsize: int) -> float:
+        return tokens // self.block * self.rank * itemsize
 
 
 class Hisa(Strict):

@@ -212,14 +212,9 @@ def naive_beside(keys: Tensor, query: Tensor, plan: Plan) -> list[int]:
         return []
     blocks = [list(range(b, min(b + how.block, n))) for b in range(0, n, how.block)]
     kept = {j // how.block for j in range(n) if j < how.sinks or n - 1 - j < how.recent} | {len(blocks) - 1}
-    bound = {}
-    for b, block in enumerate(blocks):
-        if b not in kept:
-            least, largest = keys[block].min(0).values, keys[block].max(0).values
-            bound[b] = float(torch.maximum(query * least, query * largest).sum())
-            assert bound[b] >= float((keys[block] @ query).max()) - 1e-9
-    edge = sorted(bound.values(), reverse=True)[min(-(-len(blocks) // how.coarse.one_in), len(bound)) - 1]
-    kept |= {b for b in bound if bound[b] >= edge - 1e-4}
+    mean = {b: float(keys[block].mean(0) @ query) for b, block in enumerate(blocks) if b not in kept}
+    edge = sorted(mean.values(), reverse=True)[min(-(-len(blocks) // how.coarse.one_in), len(mean)) - 1]
+    kept |= {b for b in mean if mean[b] >= edge - 1e-4}
     return [j for b, block in enumerate(blocks) if b not in kept for j in block]
 
 

@@ -270,15 +270,15 @@ def test_candidates_of_a_coarse_level_are_scored_and_nothing_else(
     queries = torch.randn(len(lengths), 3, 8, device=DEVICE)
     keys, scales = in_store(index, how)
     held = stored(index, index.dtype, how)
-    bounds = torch.full((len(lengths), 3, slots // how.block, 16), float("nan"), device=DEVICE)
-    coarse.bound_prompt(held, bounds, how.block, 0, max(lengths) // how.block)
+    means = torch.full((len(lengths), 3, slots // how.block, 8), float("nan"), device=DEVICE)
+    coarse.means_of_prompt(held, means, how.block, 0, max(lengths) // how.block)
     values = torch.full((len(lengths), 3, slots // how.block), float("nan"), device=DEVICE)
-    coarse.score(keys, scales, bounds, queries, ints(*(n - 1 for n in lengths)), how, values)
+    coarse.score(keys, scales, means, queries, ints(*(n - 1 for n in lengths)), how, values)
     for b, n in enumerate(lengths):
         pos = torch.arange(n, device=DEVICE)[None]
-        true = extended(None, loaded(held[b : b + 1, :, :n]), pos, how.block, torch.float32)
+        true = extended(None, held[b : b + 1, :, :n], pos, n, how.block, torch.float32)
         whole = n // how.block
-        assert torch.equal(bounds[b, :, :whole], true[0, :, :whole])
+        torch.testing.assert_close(means[b, :, :whole], true[0], atol=1e-6, rtol=1e-6)
         chosen = candidates(queries[b][None, :, None], true, pos[:, -1:], pos, how)[0, :, 0]
         scores = (loaded(held[b, :, :n]) @ queries[b][:, :, None])[..., 0].masked_fill(~chosen, float("-inf"))
         padded = torch.nn.functional.pad(scores, (0, -n % how.block), value=float("-inf"))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsec.plugins.kernels.coarse import bound_block
+from sparsec.plugins.kernels.coarse import mean_of_block
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _append(
     q, k, v, cos, sin, q_proj, k_proj, lengths, kv_place, retrieval, retrieval_kv,
     q_batch, q_head, k_batch, k_head, v_batch, v_head, rope_batch, kv_heads, scored,
     ring, near_batch, near_head, near_row, far_batch, far_head, far_row, index_batch, index_head, index_row,
-    scale_batch, scale_head, bounds, bound_batch, bound_head, bound_row,
+    scale_batch, scale_head, means, mean_batch, mean_head, mean_row,
     near_k, near_v, far_k, far_v, index, scales, queries,
     SINKS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     ROTARY: tl.constexpr, FP8: tl.constexpr, COARSE: tl.constexpr,
@@ -96,8 +96,8 @@ def _append(
             if n % COARSE == COARSE - 1:
                 tl.debug_barrier()  # the key is written and read by different threads of this program
                 own, own_scales = index + b * index_batch + h * index_head, scales + b * scale_batch + h * scale_head
-                own_bounds = bounds + b * bound_batch + h * bound_head
-                bound_block(own, own_scales, own_bounds, index_row, bound_row, n, r, RANK, COARSE, FP8)
+                own_means = means + b * mean_batch + h * mean_head
+                mean_of_block(own, own_scales, own_means, index_row, mean_row, n, r, RANK, COARSE, FP8)
 
 
 def append(
@@ -116,7 +116,7 @@ def append(
     queries: Tensor,
     sinks: int,
     scales: Tensor | None = None,
-    bounds: Tensor | None = None,
+    means: Tensor | None = None,
     block: int = 0,
 ) -> None:
     """Store the new token of every sequence.
@@ -133,13 +133,13 @@ def append(
         index, scales: [batch, retrieval heads, slots, rank] and, in fp8, [batch, retrieval heads, slots, 1], as in
             :func:`sparsec.plugins.kernels.choose.score`.
         queries: float32 [batch, retrieval heads, rank].
-        bounds: of a coarse level, [batch, retrieval heads, blocks, 2 rank]; ``block``: tokens a block.
+        means: of a coarse level, [batch, retrieval heads, blocks, rank]; ``block``: tokens a block.
     """
     batch, _, _, dim = q.shape
     wq, wk = projections if projections is not None else (queries, queries)
     cos, sin = rope if rope is not None else (queries, queries)
     scored, rank = index.shape[1], index.shape[3]
-    of, coarse = scales if scales is not None else index, bounds if bounds is not None else index
+    of, coarse = scales if scales is not None else index, means if means is not None else index
     tasks = k.shape[1] + (scored if projections is not None else 0)
     _append[tasks, batch](
         q, k, v, cos, sin, wq, wk, lengths, kv_place, retrieval, retrieval_kv,
@@ -148,5 +148,5 @@ def append(
         *of.stride()[:2], coarse, *coarse.stride()[:3], *near, *far, index, of, queries,
         SINKS=sinks, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), RANK=rank, BLOCK_R=triton.next_power_of_2(rank),
         ROTARY=cos.shape[-1] if rope is not None else 0, FP8=scales is not None,
-        COARSE=block if bounds is not None else 0, num_warps=4,
+        COARSE=block if means is not None else 0, num_warps=4,
     )  # fmt: skip

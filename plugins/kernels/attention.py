@@ -138,7 +138,7 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
     projections = (rt.indexer.q_proj.weight, rt.indexer.k_proj.weight) if rt.indexer is not None else None
     append.append(
         q, k, v, rope, projections, cache.lengths, tables.kv_place, tables.retrieval, tables.retrieval_kv,
-        cache.near, cache.far, cache.index, queries, cache.sinks, cache.scales, cache.bounds, item,
+        cache.near, cache.far, cache.index, queries, cache.sinks, cache.scales, cache.means, item,
     )  # fmt: skip
     where = (q, cache.near, cache.far, cache.lengths)
     with _ahead(q.device) as join:
@@ -207,8 +207,8 @@ def _scored(rt: LayerRuntime, cache: KernelLayer, queries: Tensor, item: int, it
     stats = queries.new_empty(batch, scored, -(-cache.slots // choose.CHUNK), 3)
     coarse = rt.plan.selector.coarse
     if coarse is not None and cache.slots > coarse.min_context:
-        assert cache.bounds is not None
-        levels.score(cache.index, cache.scales, cache.bounds, queries, cache.lengths, rt.plan.selector, values)
+        assert cache.means is not None
+        levels.score(cache.index, cache.scales, cache.means, queries, cache.lengths, rt.plan.selector, values)
     elif rt.plan.selector.top_p < 1:  # else all is kept, whatever it scores
         choose.score(cache.index, queries, cache.lengths, item, values, stats, cache.scales)
     return values, stats

@@ -4,7 +4,7 @@
     local KV heads   sinks and a ring,   [batch, local KV heads, sinks + ring, head_dim]; see :func:`slot_of`
     index keys       Wk k of every token [batch, retrieval heads, slots, rank]; in fp8 the exponents of their scales
                      apart, [batch, retrieval heads, slots, 1]
-    index bounds     of a coarse level   [batch, retrieval heads, blocks, 2 rank]
+    index means      of a coarse level   [batch, retrieval heads, blocks, rank]
 
 The ring holds the window, or all tokens that are dense up to ``min_context`` if those are more. Padding is not stored:
 each sequence has its own length, ``lengths``, which decode steps read and count on the device. ``length`` counts
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsec.plan import Plan, Window
 from sparsec.plugins.cache import PlanLayer
-from sparsec.plugins.kernels.coarse import bound_prompt
+from sparsec.plugins.kernels.coarse import means_of_prompt
 from sparsec.plugins.kernels.decode import groups_of
 
 LEAST = 1024  # slots; more are taken in doubles
@@ -41,7 +41,7 @@ class KernelLayer(PlanLayer):
         self.length = self.slots = 0
         self.lengths: Tensor | None = None  # int32 [batch]
         self._block = plan.selector.block if plan.selector is not None else 1
-        self.bounds: Tensor | None = None  # [batch, retrieval heads, blocks, 2 rank], of a coarse level
+        self.means: Tensor | None = None  # [batch, retrieval heads, blocks, rank], of a coarse level
         self.scales: Tensor | None = None  # uint8 [batch, retrieval heads, slots, 1]
 
     def prepare(self, k: Tensor, rank: int, more: int) -> None:
@@ -60,7 +60,7 @@ class KernelLayer(PlanLayer):
             self.index = k.new_zeros(batch, scored, 0, max(1, rank), dtype=dtype)
             self.scales = k.new_zeros(batch, scored, 0, 1, dtype=dtype) if fp8 else None
             coarse = rank and self.plan.selector is not None and self.plan.selector.coarse is not None
-            self.bounds = k.new_zeros(batch, scored, 0, 2 * rank) if coarse else None
+            self.means = k.new_zeros(batch, scored, 0, rank) if coarse else None
         if needed > self.slots:
             self.reserve(max(LEAST, 2 * self.slots, needed) if self.length else max(LEAST, needed + LEAST))
 
@@ -76,8 +76,8 @@ class KernelLayer(PlanLayer):
         self.index = _grown(self.index, keep, self.slots + 1)
         if self.scales is not None:
             self.scales = _grown(self.scales, keep, self.slots + 1)
-        if self.bounds is not None:
-            self.bounds = _grown(self.bounds, keep // self._block, self.slots // self._block)
+        if self.means is not None:
+            self.means = _grown(self.means, keep // self._block, self.slots // self._block)
 
     def slot_of(self, token: Tensor) -> Tensor:
         """Where local KV heads hold a token."""
@@ -132,10 +132,10 @@ class KernelLayer(PlanLayer):
                 sinks = max(0, min(self.sinks - self.length, begin))
             k, v = (torch.cat((x[:, local, :sinks], x[:, local, begin:]), 2) for x in (k, v))
             self._store_recent(k, v, torch.cat((number[:, :sinks], number[:, begin:]), 1), after, padded)
-        if index is not None and self.bounds is not None:  # padded sequences differ, so all their blocks are looked at
+        if index is not None and self.means is not None:  # padded sequences differ, so all their blocks are looked at
             start, stop = 0 if padded else self.length // self._block, (self.length + rows) // self._block
             keys = self.index_of(slice(start * self._block, stop * self._block))
-            bound_prompt(keys, self.bounds, self._block, start, stop)
+            means_of_prompt(keys, self.means, self._block, start, stop)
         self.lengths.copy_(after)
         self.length += rows
 
@@ -175,7 +175,7 @@ class KernelLayer(PlanLayer):
 
     def _held(self) -> list[tuple[Any, str]]:
         names = ["lengths", "near_keys", "near_values", "far_keys", "far_values", "index"]
-        names += [name for name in ("scales", "bounds") if getattr(self, name) is not None]
+        names += [name for name in ("scales", "means") if getattr(self, name) is not None]
         return [(self, name) for name in names] if self.lengths is not None else []
 
     @property

@@ -1,8 +1,9 @@
-"""Decode under a coarse level: bounds of blocks, candidates, and the scores of what is in them.
+"""Decode under a coarse level: mean index keys of blocks, candidates, and the scores of what is in them.
 
-What :mod:`sparsec.plugins.coarse` says. Bounds of a block are written with its last token; nothing reads them before.
-One program a head lists the candidates: it searches the edge of bounds as :mod:`sparsec.plugins.kernels.lists` does
-that of scores. Items that are no candidates score -inf, so what follows is the same as without a coarse level.
+What :mod:`sparsec.plugins.coarse` says. The mean of a block is written with its last token; nothing reads it before.
+One program a head lists the candidates: it searches the edge of the means' scores as
+:mod:`sparsec.plugins.kernels.lists` does that of the tokens'. Items that are no candidates score -inf, so what follows
+is the same as without a coarse level.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from sparsec.plugins.index_keys import loaded
 from sparsec.plugins.kernels.choose import CHUNK, _log_sum, _scored, scale_of
 from sparsec.plugins.selector import TIE
 
-BOUNDED = 128  # blocks a program that reads bounds
-WAYS, PASSES = 8, 9  # of the edge: finer than a tie for bounds up to 10,000 apart
-AT_ONCE = 1 << 16  # tokens of a prompt that are bounded together
+BLOCKS = 128  # a program that reads means
+WAYS, PASSES = 8, 9  # of the edge: finer than a tie for scores up to 10,000 apart
+AT_ONCE = 1 << 16  # tokens of a prompt whose means are made together
 
 
 @triton.jit
-def bound_block(index, scales, bounds, row, bound_row, n, r, RANK: tl.constexpr, ITEM: tl.constexpr, FP8: tl.constexpr):
-    """Write the bounds of the block that token n ends; index and so on: where the head's lie."""
+def mean_of_block(index, scales, means, row, mean_row, n, r, RANK: tl.constexpr, ITEM: tl.constexpr, FP8: tl.constexpr):
+    """Write the mean of the block that token n ends; index and so on: where the head's lie."""
     block = n // ITEM
     token = block * ITEM + tl.arange(0, ITEM).to(tl.int64)
     k = tl.load(index + token[:, None] * row + r[None, :], mask=(r < RANK)[None, :], other=0)
@@ -33,18 +34,16 @@ def bound_block(index, scales, bounds, row, bound_row, n, r, RANK: tl.constexpr,
     k = k.to(tl.float32)
     if FP8:
         k = k * scale_of(tl.load(scales + token))[:, None]
-    at = bounds + block * bound_row + r
-    tl.store(at, tl.min(k, 0).to(bounds.dtype.element_ty), mask=r < RANK)
-    tl.store(at + RANK, tl.max(k, 0).to(bounds.dtype.element_ty), mask=r < RANK)
+    tl.store(means + block * mean_row + r, (tl.sum(k, 0) / ITEM).to(means.dtype.element_ty), mask=r < RANK)
 
 
 @triton.jit
-def _highest(
-    bounds, queries, lengths, bound_batch, bound_head, bound_row, scored, items,
+def _score_means(
+    means, queries, lengths, mean_batch, mean_head, mean_row, scored, items,
     values,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, MIN_CONTEXT: tl.constexpr, ITEM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (TILE blocks, scored head, sequence): what no score in a block before the row's own exceeds."""
+    """Program (TILE blocks, scored head, sequence): the scores of means, of blocks before the row's own."""
     start, h, b = tl.program_id(0) * TILE, tl.program_id(1), tl.program_id(2)
     n = tl.load(lengths + b) + 1
     own = (n - 1) // ITEM
@@ -53,13 +52,10 @@ def _highest(
         r = tl.arange(0, BLOCK_R)
         query = tl.load(queries + row * RANK + r, mask=r < RANK, other=0.0)
         block = start + tl.arange(0, TILE)
-        at = bounds + b.to(tl.int64) * bound_batch + h.to(tl.int64) * bound_head
-        at = at + block[:, None].to(tl.int64) * bound_row + r[None, :]
-        mask = (block < own)[:, None] & (r < RANK)[None, :]
-        least = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        largest = tl.load(at + RANK, mask=mask, other=0.0).to(tl.float32)
-        value = tl.sum(tl.maximum(query[None, :] * least, query[None, :] * largest), 1)
-        tl.store(values + row * items + block, value, mask=block < own)
+        at = means + b.to(tl.int64) * mean_batch + h.to(tl.int64) * mean_head
+        at = at + block[:, None].to(tl.int64) * mean_row + r[None, :]
+        mean = tl.load(at, mask=(block < own)[:, None] & (r < RANK)[None, :], other=0.0).to(tl.float32)
+        tl.store(values + row * items + block, tl.sum(mean * query[None, :], 1), mask=block < own)
 
 
 @triton.jit
@@ -73,7 +69,7 @@ def _candidates(
     h, b = tl.program_id(0), tl.program_id(1)
     n = tl.load(lengths + b) + 1
     here = tl.cdiv(n, ITEM)
-    own = tl.where(n > MIN_CONTEXT, here - 1, 0)  # below it the bounds decide; in a short context about nothing
+    own = tl.where(n > MIN_CONTEXT, here - 1, 0)  # below it the means decide; in a short context about nothing
     wanted = tl.cdiv(here, ONE_IN).to(tl.float32)
     line = (b * scored + h).to(tl.int64)
     at = values + line * items
@@ -115,7 +111,7 @@ def _candidates(
 
 @triton.jit
 def _ranked(block, n, own, SINKS: tl.constexpr, RECENT: tl.constexpr, ITEM: tl.constexpr):
-    """Blocks that the bounds decide about: neither forced nor the row's own."""
+    """Blocks that the means decide about: neither forced nor the row's own."""
     return (block < own) & (block * ITEM >= SINKS) & (block * ITEM + ITEM <= n - RECENT)
 
 
@@ -148,14 +144,14 @@ def _score_listed(
 
 
 def score(
-    index: Tensor, scales: Tensor | None, bounds: Tensor, queries: Tensor, lengths: Tensor, selector: Selector,
+    index: Tensor, scales: Tensor | None, means: Tensor, queries: Tensor, lengths: Tensor, selector: Selector,
     values: Tensor,
 ) -> None:  # fmt: skip
     """Scores of one row's candidates.
 
     Args:
         index, scales, queries, lengths: as in :func:`sparsec.plugins.kernels.choose.score`.
-        bounds: [batch, scored heads, blocks, 2 rank], the least and the largest numbers.
+        means: [batch, scored heads, blocks, rank], of complete blocks.
         selector: with ``coarse``; an item is a block.
         values: float32 [batch, scored heads, items]; -inf where an item is no candidate.
     """
@@ -167,9 +163,9 @@ def score(
     wide, of = triton.next_power_of_2(rank), scales if scales is not None else index
     how = {"MIN_CONTEXT": selector.coarse.min_context, "ITEM": item}
     tile = min(4096, max(128, triton.next_power_of_2(items)))
-    _highest[triton.cdiv(items, BOUNDED), scored, batch](
-        bounds, queries, lengths, *bounds.stride()[:3], scored, items, values,
-        RANK=rank, BLOCK_R=wide, TILE=BOUNDED, **how, num_warps=4,
+    _score_means[triton.cdiv(items, BLOCKS), scored, batch](
+        means, queries, lengths, *means.stride()[:3], scored, items, values,
+        RANK=rank, BLOCK_R=wide, TILE=BLOCKS, **how, num_warps=4,
     )  # fmt: skip
     _candidates[scored, batch](
         values, lengths, scored, items, lists, counts,
@@ -184,10 +180,10 @@ def score(
     )  # fmt: skip
 
 
-def bound_prompt(index: Tensor, bounds: Tensor, block: int, start: int, stop: int) -> None:
-    """Bounds of the blocks ``start`` to ``stop`` - 1; index: those blocks' keys, as they are stored."""
+def means_of_prompt(index: Tensor, means: Tensor, block: int, start: int, stop: int) -> None:
+    """Means of the blocks ``start`` to ``stop`` - 1; index: those blocks' keys, as they are stored."""
     step = max(1, AT_ONCE // block)
     for first in range(start, stop, step):
         last = min(first + step, stop)
-        keys = loaded(index[:, :, (first - start) * block : (last - start) * block]).unflatten(2, (-1, block))
-        bounds[:, :, first:last] = torch.cat((keys.amin(3), keys.amax(3)), 3).to(bounds.dtype)
+        keys = loaded(index[:, :, (first - start) * block : (last - start) * block])
+        means[:, :, first:last] = keys.unflatten(2, (-1, block)).mean(3).to(means.dtype)
