@@ -45,7 +45,7 @@ def bounds(means: Any, index: Tensor, pos: Tensor, rows: int, block: int, dtype:
 
 
 def by_bounds(queries: Tensor, of: Tensor, *rest: Any) -> Tensor:
-    """In place of :func:`sparsec.plugins.coarse.candidates`: what no score exceeds is the same sum over twice the rank."""
+    """In place of :func:`sparsec.plugins.coarse.candidates`: what bounds a score is a sum over twice the rank."""
     return coarse.candidates(torch.cat((queries.clamp_max(0), queries.clamp_min(0)), -1), of, *rest)
 
 

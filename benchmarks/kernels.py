@@ -32,9 +32,11 @@ from sparsec.plan import Plan
 from sparsec.plugins import selector as selecting
 from sparsec.plugins.attention import LayerRuntime, Step, layer_runtime
 from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of, kept_keys
+from sparsec.plugins.coarse import candidates
 from sparsec.plugins.index_keys import loaded, stored
 from sparsec.plugins.kernels import attention as kernels
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
+from sparsec.plugins.kernels.coarse import means_of_prompt
 from sparsec.plugins.kernels.window import window_prefill
 from sparsec.plugins.selector import Indexer
 
@@ -44,6 +46,11 @@ SCALE = DIM**-0.5
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # main() wants a GPU
 VOTE_EVERY = (1, 4)  # of 64 prompt rows all decide, or every fourth
 OPERATIONS, BANDWIDTH = 600e12, 2.8e12  # a second: what dense kernels reach on an H100, and what floors count with
+WAYS: dict[str, dict[str, Any]] = {  # of index keys, beside the model's dtype and all of them
+    "fp8 index keys": {"index_dtype": "fp8"},
+    "coarse level": {"coarse": {"min_context": 1000, "one_in": 4}},
+    "fp8 index keys and coarse level": {"index_dtype": "fp8", "coarse": {"min_context": 1000, "one_in": 4}},
+}
 WRONG = 1e-2  # relative error against float64 from which on a result is wrong
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -82,7 +89,10 @@ def runtime(of: Plan, dtype: torch.dtype, length: int, rate: float, seed: int) -
     at = hot.repeat_interleave(BLOCK, 1)[:, : index.shape[2]]
     index[0, :, :, 0] += torch.where(at, 4.0, -4.0).to(dtype)
     assert of.selector is not None
-    cache.store_index(slice(0, index.shape[2]), stored(index, dtype, of.selector))
+    held = stored(index, dtype, of.selector)
+    cache.store_index(slice(0, index.shape[2]), held)
+    if cache.means is not None:
+        means_of_prompt(held, cache.means, BLOCK, 0, length // BLOCK)
     assert cache.lengths is not None
     cache.lengths.fill_(length)
     cache.length = length
@@ -133,6 +143,10 @@ def check_decode(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
                 row = RETRIEVAL.index(head)
                 queries = rt.indexer.queries(q[:, list(RETRIEVAL)])[:, row]
                 scores = queries @ loaded(cache.index_of(slice(0, n)))[:, row].transpose(1, 2)
+                if cache.means is not None:
+                    means = cache.means[:, row, None, : n // BLOCK]
+                    scored = candidates(queries[:, None], means, pos[None, -1:], pos[None], of.selector)[:, 0]
+                    scores = scores.masked_fill(~scored, float("-inf"))
                 # Which token crosses top_p hangs on the rounding of a sum: sets on both sides of that are right.
                 hows = [of.selector.model_copy(update={"top_p": of.selector.top_p + off}) for off in (0, -1e-6, 1e-6)]
                 sets = [select(scores[:, None], pos[None, -1:], pos[None], how, 0)[0, 0, 0] for how in hows]
@@ -358,8 +372,10 @@ def main() -> None:
                 for length in (600, 5000, 40000):
                     name = f"decode {granularity} {length} {dtype}"
                     note("checks", name, partial(check_decode, plan(1024, granularity), dtype, length))
-                    eight = plan(1024, granularity, index_dtype="fp8")
-                    note("checks", f"{name} fp8 index keys", partial(check_decode, eight, dtype, length))
+                    for more, changed in WAYS.items():
+                        if granularity == "block" or "coarse" not in changed:
+                            way = plan(1024, granularity, **changed)
+                            note("checks", f"{name} {more}", partial(check_decode, way, dtype, length))
             note("checks", f"prefill {dtype}", partial(check_prefill, plan(700, "token"), dtype, 3001))
             for every in VOTE_EVERY:
                 name, by_blocks = f"prefill by blocks, every {every} {dtype}", plan(700, "token", "selector", every)
@@ -382,8 +398,9 @@ def main() -> None:
                         partial(time_decode, plan(WINDOW, granularity), length, rate),
                     )
             for rate in map(float, options.rates.split(",")):
-                eight = plan(WINDOW, "block", index_dtype="fp8")
-                note("decode", f"block {length} {rate} fp8 index keys", partial(time_decode, eight, length, rate))
+                for more, changed in WAYS.items():
+                    way = plan(WINDOW, "block", **changed)
+                    note("decode", f"block {length} {rate} {more}", partial(time_decode, way, length, rate))
         if options.only in (None, "prefill"):
             ways = {"dense": plan(WINDOW, "block")}
             ways |= {f"blocks, every {n}": plan(WINDOW, "block", "selector", n) for n in VOTE_EVERY}

@@ -139,6 +139,44 @@ def kernels(result: Mapping[str, Any]) -> str:
     return "\n".join([*_markdown(head, rows, 2), "", f"{floor} {made}{note}"])
 
 
+def index_keys(result: Mapping[str, Any]) -> str:
+    """Index keys in fewer bits, of what benchmarks/index_keys.py found."""
+    rows = [
+        [
+            f"{row['context']:,}",
+            row["way"],
+            f"{row['bytes']:g}",
+            *(f"{row[name]:.1%}" for name in ("recall_mean", "recall_p5")),
+            f"{row['kept_mean']:.0f}",
+        ]
+        for row in result["rows"]
+        if row["context"] == max(each["context"] for each in result["rows"])
+    ]
+    head = ["context", "index keys", "bytes a token and head", "mass found", "5 % of rows below", "tokens kept"]
+    return "\n".join([*_markdown(head, rows, 2), "", _on_rows(result)])
+
+
+def coarse(result: Mapping[str, Any]) -> str:
+    """A coarse level, of what benchmarks/coarse.py found."""
+    rows = [
+        [
+            f"{row['context']:,}",
+            f"one in {row['one_in']}, by {row['ranked_by']}" if row["ranked_by"] else "all",
+            *(f"{row[name]:.1%}" for name in ("recall_mean", "recall_p5")),
+            f"{row['kept_mean']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["context", "blocks scored", "mass found", "5 % of rows below", "tokens kept"]
+    return "\n".join([*_markdown(head, rows, 2), "", _on_rows(result)])
+
+
+def _on_rows(result: Mapping[str, Any]) -> str:
+    rows, torch = result["rows"][0]["rows"], result["versions"]["torch"]
+    where = f"{result['text']}; {result['device']}, torch {torch}"
+    return f"The last {rows} rows as decode rows, {where}: `{result['command']}`."
+
+
 def routing(result: Mapping[str, Any]) -> str:
     """Systems at equal removed shares, means over seeds, and wall-clock, of what benchmarks/routing.py found."""
     cells: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
@@ -332,6 +370,8 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "sharing": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", sharing),
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
+    "index-keys": ("index-keys-demo", "python benchmarks/index_keys.py out/blocks && make docs", index_keys),
+    "coarse": ("coarse-demo", "python benchmarks/coarse.py out/blocks && make docs", coarse),
     "gate": ("gate-demo", "python benchmarks/release_gate.py out/demo && make docs", gate),
     "merged": ("merged-demo", "python benchmarks/merged_tokens.py", merged),
     "lengths": (

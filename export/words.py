@@ -258,7 +258,12 @@ def runs(plan: Plan) -> list[tuple[str, str]]:
             (
                 "indexers",
                 f"rank {s.rank}, on q and k {'before' if s.rope == 'pre' else 'after'} the rotary embedding"
-                + ("; keys in fp8" if s.index_dtype == "fp8" else ""),
+                + ("; keys in fp8" if s.index_dtype == "fp8" else "")
+                + (
+                    f"; beyond {count(s.coarse.min_context)} tokens in one block of {s.coarse.one_in}"
+                    if s.coarse
+                    else ""
+                ),
             ),
             (
                 "selection",

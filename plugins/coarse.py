@@ -6,7 +6,7 @@ indexers. A mean is made once, of what is stored, when a block is complete: how 
 row's own block, which it may see in part, is always a candidate.
 
 Quest (arXiv 2406.10774) ranks pages by the least and the largest of each number instead, which bound every score from
-above. On the demo model that finds less mass in as many blocks, and takes twice the bytes (benchmarks/coarse.py).
+above. On the demo model neither finds more mass at every context (benchmarks/coarse.py); means take half the bytes.
 """
 
 from __future__ import annotations

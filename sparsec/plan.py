@@ -122,7 +122,7 @@ class Selector(Strict):
         return self
 
     def index_bytes(self, tokens: float, itemsize: int) -> float:
-        """Bytes of one head's projected keys in the cache, with the means of blocks; ``itemsize``: of a number there."""
+        """Bytes of a head's projected keys in the cache, with the means of blocks; ``itemsize``: of a number there."""
         keys = tokens * (self.rank + 1 if self.index_dtype == "fp8" else self.rank * itemsize)
         return keys + (self._mean_bytes(tokens, itemsize) if self.coarse is not None else 0)
 

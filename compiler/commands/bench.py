@@ -55,6 +55,12 @@ if TYPE_CHECKING:
     type=click.Choice(["model", "fp8"]),
     help="Of --shape: projected keys in the cache.",
 )
+@click.option(
+    "--coarse-from",
+    default=None,
+    type=click.IntRange(min=0),
+    help="Of --shape: contexts from which on tokens are scored in one block of four alone.  [default: never]",
+)
 @click.option("--no-dense", is_flag=True, help="Leave the dense model out.")
 @click.option("--contexts", default="2048,4096,8192", show_default=True, help="Prompt lengths in tokens.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Sequences at once.")
@@ -75,6 +81,7 @@ def bench_command(
     granularity: str,
     vote_every: int,
     index_dtype: str,
+    coarse_from: int | None,
     no_dense: bool,
     contexts: str,
     batch: int,
@@ -110,6 +117,7 @@ def bench_command(
                 "granularity": granularity,
                 "vote_every": vote_every,
                 "index_dtype": index_dtype,
+                "coarse_from": coarse_from,
             }
             subject = of_shape(shape, max(lengths), **made, **where)
         result = bench(subject, lengths, batch=batch, tokens=tokens, kernels=kernels, dense=not no_dense, listen=listen)
