@@ -40,7 +40,8 @@ SHOWN = ("recall_mean", "recall_p5", "far_mean", "kept_mean", "kept_p95")
 
 def bounds(means: Any, index: Tensor, pos: Tensor, rows: int, block: int, dtype: torch.dtype) -> Tensor:
     """In place of :func:`sparsec.plugins.coarse.extended`, without padding: [batch, heads, blocks, 2 rank]."""
-    keys = loaded(index)[:, :, : index.shape[2] // block * block].unflatten(2, (-1, block))
+    keys = loaded(index)[:, :, : index.shape[2] // block * block]
+    keys = keys.reshape(*keys.shape[:2], -1, block, keys.shape[3])
     return torch.cat((keys.amin(3), keys.amax(3)), 3).to(dtype)
 
 
@@ -62,9 +63,10 @@ def measure(model: Any, tokens: Tensor, rows: int, shares: list[int]) -> list[di
         levels = Coarse(min_context=0, one_in=one_in) if name else None
         install(model, plan.edit(selector=plan.selector.model_copy(update={"coarse": levels})), tensors)
         stats = SelectorStats()
-        quest = {"extended": bounds, "candidates": by_bounds} if name == "bounds" else {}
+        quest = name == "bounds"
         with (
-            patch.multiple(attention, **quest) if quest else rows_as("decode"),
+            patch.object(attention, "extended", bounds if quest else coarse.extended),
+            patch.object(attention, "candidates", by_bounds if quest else coarse.candidates),
             stepping(Step(decode=True, commit=False, observe=stats)),
         ):
             model.get_decoder()(input_ids=ids[:, prompt:], past_key_values=cache, use_cache=True)

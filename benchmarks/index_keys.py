@@ -48,7 +48,7 @@ def fp8(x: Tensor, scale: Tensor | float) -> Tensor:
 def by_64(x: Tensor) -> Tensor:
     """fp8 with a scale for 64 tokens of a head together; tokens begin at a multiple of 64."""
     pad = -x.shape[2] % 64
-    wide = torch.nn.functional.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, 64))
+    wide = torch.nn.functional.pad(x, (0, 0, 0, pad)).reshape(*x.shape[:2], -1, 64, x.shape[3])
     scale = wide.abs().amax((3, 4), keepdim=True).clamp_min(1e-30) / 448
     return fp8(wide, scale).flatten(2, 3)[:, :, : x.shape[2]]
 
@@ -79,9 +79,13 @@ def rounding(model: Any, cache: Any, exact: list[Tensor | None], way: Way) -> It
     """All index keys are read as ``way`` leaves them."""
     indexers = [module for module in model.modules() if isinstance(module, Indexer)]
     for indexer in indexers:
-        indexer.keys = lambda k, own=indexer: way(Indexer.keys(own, k))  # type: ignore[method-assign]
-    for layer, keys in zip(cache.layers, exact, strict=True):
-        layer.index_keys = way(keys) if keys is not None else None
+
+        def keys(k: Tensor, own: Indexer = indexer) -> Tensor:
+            return way(Indexer.keys(own, k))
+
+        indexer.keys = keys  # type: ignore[method-assign]
+    for layer, kept in zip(cache.layers, exact, strict=True):
+        layer.index_keys = way(kept) if kept is not None else None
     try:
         yield
     finally:
