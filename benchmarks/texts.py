@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,28 +19,35 @@ from pathlib import Path
 # role -> package -> what of it is text, and how much of it at most, in characters.
 PACKAGES: dict[str, dict[str, tuple[str, int]]] = {
     "train": {
-        "dict-foldoc": ("usr/share/dictd/*.dict.dz", 3_000_000),
-        "dict-gcide": ("usr/share/dictd/*.dict.dz", 3_000_000),
+        "dict-foldoc": ("usr/share/dictd/*.dict.dz", 2_000_000),
+        "dict-gcide": ("usr/share/dictd/*.dict.dz", 2_000_000),
         "dict-jargon": ("usr/share/dictd/*.dict.dz", 1_500_000),
         "debian-policy": ("usr/share/doc/debian-policy/policy.html/*.html", 2_000_000),
-        "git-doc": ("usr/share/doc/git/html/*.html", 2_000_000),
+        "git-doc": ("usr/share/doc/git/html/*.html", 1_000_000),
         "installation-guide-amd64": ("usr/share/doc/installation-guide-amd64/en/*.html", 1_000_000),
-        "postgresql-doc-15": ("usr/share/doc/postgresql-doc-15/html/*.html", 4_000_000),
-        "python3.11-doc": ("usr/share/doc/python3.11/html/*/*.html", 4_000_000),
+        "postgresql-doc-15": ("usr/share/doc/postgresql-doc-15/html/*.html", 2_000_000),
+        "python3.11-doc": ("usr/share/doc/python3.11/html/*/*.html", 2_000_000),
         "rust-doc": ("usr/share/doc/rust-doc/html/book/*.html", 2_000_000),
-        "sqlite3-doc": ("usr/share/doc/sqlite3/*.html", 2_000_000),
+        "sqlite3-doc": ("usr/share/doc/sqlite3/*.html", 1_000_000),
         "bash-doc": ("usr/share/doc/bash/*.html", 1_000_000),
-        "apache2-doc": ("usr/share/doc/apache2-doc/manual/en/*/*.html", 3_000_000),
+        "apache2-doc": ("usr/share/doc/apache2-doc/manual/en/*/*.html", 2_000_000),
         "developers-reference": ("usr/share/developers-reference/*.html", 1_000_000),
-        "exim4-doc-html": ("usr/share/doc/exim4-doc-html/spec_html/*.html", 3_000_000),
+        "exim4-doc-html": ("usr/share/doc/exim4-doc-html/spec_html/*.html", 1_000_000),
         "gimp-help-en": ("usr/share/gimp/2.0/help/en/*.html", 4_000_000),
-        "lilypond-doc-html": ("usr/share/doc/lilypond/html/Documentation/notation/*.html", 2_000_000),
-        "linux-doc-6.1": ("usr/share/doc/linux-doc-6.1/html/[ad]*-*/*.html", 6_000_000),
-        "nodejs-doc": ("usr/share/doc/nodejs/api/*.html", 4_000_000),
-        "perl-doc": ("usr/share/perl/*/pod/*.pod", 6_000_000),
-        "postfix-doc": ("usr/share/doc/postfix/html/*.html", 2_000_000),
-        "python-django-doc": ("usr/share/doc/python-django-doc/html/[rt]*/*.html", 4_000_000),
-        "r-doc-html": ("usr/share/R/doc/manual/*.html", 2_000_000),
+        "lilypond-doc-html": ("usr/share/doc/lilypond/html/Documentation/notation/*.html", 1_000_000),
+        "linux-doc-6.1": ("usr/share/doc/linux-doc-6.1/html/[ad]*-*/*.html", 2_000_000),
+        "nodejs-doc": ("usr/share/doc/nodejs/api/*.html", 1_000_000),
+        "perl-doc": ("usr/share/perl/*/pod/*.pod", 2_000_000),
+        "postfix-doc": ("usr/share/doc/postfix/html/*.html", 1_000_000),
+        "python-django-doc": ("usr/share/doc/python-django-doc/html/[rt]*/*.html", 2_000_000),
+        "r-doc-html": ("usr/share/R/doc/manual/*.html", 1_000_000),
+        # Prose, a fifth of the whole: the rest is manuals and dictionaries.
+        "r-cran-janeaustenr": ("usr/lib/R/site-library/janeaustenr/data/*.rdb", 5_000_000),
+        "fortunes": ("usr/share/games/fortunes/*.u8", 3_000_000),
+        "fortunes-min": ("usr/share/games/fortunes/*.u8", 1_000_000),
+        "dict-devil": ("usr/share/dictd/*.dict.dz", 1_000_000),
+        "debian-faq": ("usr/share/doc/debian/FAQ/*.en.html", 1_000_000),
+        "harden-doc": ("usr/share/doc/harden-doc/html/en-US/*.html", 1_000_000),
     },
     "dev": {"debian-reference-en": ("usr/share/debian-reference/*.en.txt.gz", 4_000_000)},
     "eval": {
@@ -107,12 +115,26 @@ def html_text(page: str) -> str:
 def read(file: Path) -> str:
     """A file's text: HTML, plain, or either compressed."""
     raw = file.read_bytes()
+    if file.suffix == ".rdb":
+        return r_strings(raw)
     if file.suffix in (".gz", ".dz"):
         import gzip
 
         raw = gzip.decompress(raw)
     text = raw.decode("utf-8", errors="replace")
     return html_text(text) if file.suffix == ".html" else text
+
+
+def r_strings(raw: bytes) -> str:
+    """The strings of an R package's data, a line each: objects serialised, deflated, a length before each."""
+    texts = []
+    while raw:
+        inflate = zlib.decompressobj()
+        data, raw = inflate.decompress(raw[4:]), inflate.unused_data
+        # A string is four bytes of flags that end in its type, 9, and four of length, 255 here at most.
+        strings = re.split(rb"\x00[\x00-\xff]{2}\x09\x00\x00\x00.", data, flags=re.DOTALL)[1:]
+        texts.append("\n".join(line.decode("utf-8", errors="replace") for line in strings if b"\x00" not in line))
+    return "\n\n".join(texts)
 
 
 def tidy(pages: Iterable[str]) -> str:

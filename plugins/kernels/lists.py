@@ -1,7 +1,7 @@
 """Decode: what is kept as one list of items, where a head has few enough for one program.
 
 Where :mod:`sparsec.plugins.kernels.choose` divides a head's items among programs that meet between launches, here one
-program reads them all, a few times out of its cache: it finds the edge, eight candidates a pass, and writes the kept
+program reads them all, a few times out of its cache: it finds the edge, an eighth a pass, and writes the kept
 items down in order. What attends to them can then divide the list evenly. An item is a token or a block of tokens.
 """
 
@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsec.plan import Selector
-from sparsec.plugins.kernels.choose import _narrowed
 from sparsec.plugins.selector import TIE
 
 LARGEST = 32768  # items a head: 2M tokens in blocks of 64
-WAYS, PASSES, WARPS = 8, 7, 8
+PASSES = 7  # each leaves an eighth
+TILE, WARP, LINE = 512, 64, 4096  # items that a search reads at once, a warp of it reads, and a list is made of at once
 
 
 @triton.jit
@@ -37,19 +37,49 @@ def _forced(begin, n, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_CONTEXT: tl
 
 
 @triton.jit
-def _above_of(
-    value, begin, n, lse, edges, edges_far,
-    SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, ITEM: tl.constexpr,
+def _seven(a1, a2, a3, a4, a5, a6, a7, b1, b2, b3, b4, b5, b6, b7):
+    return a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def _parts_above(s1, s2, s3, s4, s5, s6, s7, least):
+    """How many of the seven inner candidate edges have ``least`` above them, from sums that each thread made.
+
+    Seven tensors in one reduction: threads meet once a pass, not once a candidate.
+    """
+    s1, s2, s3, s4, s5, s6, s7 = tl.reduce((s1, s2, s3, s4, s5, s6, s7), 0, _seven)
+    found = (s1 >= least).to(tl.float32) + (s2 >= least).to(tl.float32) + (s3 >= least).to(tl.float32)
+    found += (s4 >= least).to(tl.float32) + (s5 >= least).to(tl.float32)
+    return found + (s6 >= least).to(tl.float32) + (s7 >= least).to(tl.float32)
+
+
+@triton.jit
+def _narrowed_to(
+    at, here, n, lse, low, step, least,
+    SINKS: tl.constexpr, RECENT: tl.constexpr, FAR: tl.constexpr, ITEM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of items, [TILE], above each candidate edge: their weight, and how many are not forced."""
-    weight = tl.exp(value - lse)
-    mass = tl.sum(tl.where(value[:, None] > edges[None, :], weight[:, None], 0.0), 0)
-    number = mass
-    if MIN_KEEP > 0:
-        forced = (begin < SINKS) | (tl.minimum(begin + ITEM, n) > n - RECENT)
-        far = tl.where((forced == 0) & (weight > 0.0), 1.0, 0.0)
-        number = tl.sum(tl.where(value[:, None] > edges_far[None, :], far[:, None], 0.0), 0)
-    return mass, number
+    """The low end of the eighth of an interval that holds an edge: the highest above which ``least`` still lies.
+
+    Of weight; FAR: of items that are not forced.
+    """
+    i = tl.arange(0, TILE)
+    s1 = tl.zeros([TILE], tl.float32)
+    s2, s3, s4, s5, s6, s7 = s1, s1, s1, s1, s1, s1
+    for start in tl.range(0, here, TILE):
+        value = tl.load(at + start + i, mask=start + i < here, other=float("-inf"))
+        weight = tl.exp(value - lse)
+        if FAR:
+            begin = (start + i) * ITEM
+            forced = (begin < SINKS) | (tl.minimum(begin + ITEM, n) > n - RECENT)
+            weight = tl.where((forced == 0) & (weight > 0.0), 1.0, 0.0)
+        s1 += tl.where(value > low + step, weight, 0.0)
+        s2 += tl.where(value > low + 2 * step, weight, 0.0)
+        s3 += tl.where(value > low + 3 * step, weight, 0.0)
+        s4 += tl.where(value > low + 4 * step, weight, 0.0)
+        s5 += tl.where(value > low + 5 * step, weight, 0.0)
+        s6 += tl.where(value > low + 6 * step, weight, 0.0)
+        s7 += tl.where(value > low + 7 * step, weight, 0.0)
+    return low + _parts_above(s1, s2, s3, s4, s5, s6, s7, least) * step
 
 
 @triton.jit
@@ -57,64 +87,51 @@ def _search_held(
     values, lengths, scored, items,
     totals, edges, lists, counts,
     P: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, MIN_CONTEXT: tl.constexpr,
-    ITEM: tl.constexpr, TILE: tl.constexpr, ONE: tl.constexpr, WAYS: tl.constexpr, PASSES: tl.constexpr,
+    ITEM: tl.constexpr, TILE: tl.constexpr, LINE: tl.constexpr, PASSES: tl.constexpr,
     SLACK: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
-    """Program (scored head, sequence). ONE: a tile holds all items. LIST: the head's own set is written down, too."""
+    """Program (scored head, sequence). LIST: the head's own set is written down too, LINE items at a time."""
     h, b = tl.program_id(0), tl.program_id(1)
     n = tl.load(lengths + b) + 1
     here = tl.cdiv(n, ITEM)
     line = (b * scored + h).to(tl.int64)
     at = values + line * items
     i = tl.arange(0, TILE)
-    value = tl.load(at + i, mask=i < here, other=float("-inf"))  # of the first tile, or of all
-    tops, lows = value, tl.where(i < here, value, float("inf"))
-    if not ONE:
-        for start in tl.range(TILE, here, TILE):
-            more = tl.load(at + start + i, mask=start + i < here, other=float("-inf"))
-            tops = tl.maximum(tops, more)
-            lows = tl.minimum(lows, tl.where(start + i < here, more, float("inf")))
+    tops = tl.full([TILE], float("-inf"), tl.float32)
+    lows = tl.full([TILE], float("inf"), tl.float32)
+    for start in tl.range(0, here, TILE):
+        value = tl.load(at + start + i, mask=start + i < here, other=float("-inf"))
+        tops = tl.maximum(tops, value)
+        lows = tl.minimum(lows, tl.where(start + i < here, value, float("inf")))
     top = tl.max(tops, 0)
-    sums = tl.exp(value - top)
-    if not ONE:
-        for start in tl.range(TILE, here, TILE):
-            sums += tl.exp(tl.load(at + start + i, mask=start + i < here, other=float("-inf")) - top)
+    sums = tl.zeros([TILE], tl.float32)
+    for start in tl.range(0, here, TILE):
+        sums += tl.exp(tl.load(at + start + i, mask=start + i < here, other=float("-inf")) - top)
     lse = top + tl.log(tl.sum(sums, 0))
     # A weight below exp(-100) is nothing to float32. The margin keeps the smallest item above the interval's low end.
     low = tl.maximum(tl.min(lows, 0), lse - 100.0) - 1e-3
     low_far = low
-    step = (top - low) / WAYS
-    j = tl.arange(0, WAYS)
+    step = (top - low) / 8
     for _ in tl.range(0, PASSES):
-        if ONE:
-            mass, number = _above_of(
-                value, i * ITEM, n, lse, low + step * j, low_far + step * j, SINKS, RECENT, MIN_KEEP, ITEM
-            )
-        else:
-            mass = tl.zeros([WAYS], tl.float32)
-            number = mass
-            for start in tl.range(0, here, TILE):
-                value = tl.load(at + start + i, mask=start + i < here, other=float("-inf"))
-                more, more_far = _above_of(
-                    value, (start + i) * ITEM, n, lse, low + step * j, low_far + step * j, SINKS, RECENT, MIN_KEEP, ITEM
-                )
-                mass += more
-                number += more_far
-        low, low_far, step = _narrowed(mass, number, low, low_far, step, P, MIN_KEEP, WAYS)
+        low = _narrowed_to(at, here, n, lse, low, step, P, SINKS, RECENT, False, ITEM, TILE)
+        if MIN_KEEP > 0:
+            low_far = _narrowed_to(at, here, n, lse, low_far, step, MIN_KEEP, SINKS, RECENT, True, ITEM, TILE)
+        step = step / 8
     tl.store(totals + line, lse)
     tl.store(edges + line * 2, low)
     tl.store(edges + line * 2 + 1, low_far)
     if LIST:
         count = 0
-        for start in tl.range(0, here, TILE):
-            begin = (start + i) * ITEM
-            value = tl.load(at + start + i, mask=start + i < here, other=float("-inf"))
+        j = tl.arange(0, LINE)
+        for start in tl.range(0, here, LINE):
+            begin = (start + j) * ITEM
+            value = tl.load(at + start + j, mask=start + j < here, other=float("-inf"))
             keep = _forced(begin, n, SINKS, RECENT, MIN_CONTEXT, ITEM) | _kept(
                 value, low, low_far, lse, MIN_KEEP, SLACK
             )
-            keep = keep & (start + i < here)
+            keep = keep & (start + j < here)
             place = count + tl.cumsum(keep.to(tl.int32), 0) - 1
-            tl.store(lists + line * items + place, start + i, mask=keep)
+            tl.store(lists + line * items + place, start + j, mask=keep)
             count += tl.sum(keep.to(tl.int32), 0)
         tl.store(counts + line, count)
 
@@ -172,22 +189,24 @@ def kept(
     """
     batch, scored, items = values.shape
     item = selector.block if selector.granularity == "block" else 1
-    tile = min(4096, max(128, triton.next_power_of_2(items)))
+    power = max(128, triton.next_power_of_2(items))
+    tile, line = min(TILE, power), min(LINE, power)
     own = selector.scope == "head" and selector.top_p < 1
     options = {
         "SINKS": selector.sinks, "RECENT": selector.recent, "MIN_KEEP": -(-selector.min_keep // item),
-        "MIN_CONTEXT": min_context, "ITEM": item, "TILE": tile, "SLACK": -math.log1p(-TIE),
-        "num_warps": min(WARPS, max(4, tile // 256)),
+        "MIN_CONTEXT": min_context, "ITEM": item, "SLACK": -math.log1p(-TIE),
     }  # fmt: skip
     if selector.top_p < 1:
         _search_held[scored, batch](
             values, lengths, scored, items, totals, edges, lists, counts,
-            P=selector.top_p, ONE=items <= tile, WAYS=WAYS, PASSES=PASSES, LIST=own, **options,
+            P=selector.top_p, TILE=tile, LINE=line, PASSES=PASSES, LIST=own,
+            num_warps=max(4, tile // WARP), **options,
         )  # fmt: skip
     if not own:
         _union[lists.shape[1], batch](
-            values, lengths, totals, edges, scored, items, lists, counts, ALL=selector.top_p >= 1, **options
-        )
+            values, lengths, totals, edges, scored, items, lists, counts,
+            ALL=selector.top_p >= 1, TILE=line, num_warps=max(4, line // 512), **options,
+        )  # fmt: skip
 
 
-assert 100.1 / WAYS**PASSES < TIE, "the search is coarser than what counts as a tie"
+assert 100.1 / 8**PASSES < TIE, "the search is coarser than what counts as a tie"
