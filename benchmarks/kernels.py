@@ -174,7 +174,8 @@ def kept_by_kernel(of: Plan, found: tuple[Tensor, ...], n: int) -> Tensor:
         values, _, edges = found
         kept = values[0, :, :items] >= edges[0, :, :1] + math.log1p(-selecting.TIE)
         kept |= forced_items(selector, n)
-    return kept.repeat_interleave(item, 1)[:, :n]
+    tokens: Tensor = kept.repeat_interleave(item, 1)[:, :n]
+    return tokens
 
 
 def forced_items(selector: Any, n: int) -> Tensor:
