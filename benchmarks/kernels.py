@@ -174,15 +174,15 @@ def kept_by_kernel(of: Plan, found: tuple[Tensor, ...], n: int) -> Tensor:
         values, _, edges = found
         kept = values[0, :, :items] >= edges[0, :, :1] + math.log1p(-selecting.TIE)
         kept |= forced_items(selector, n)
-    tokens: Tensor = kept.repeat_interleave(item, 1)[:, :n]
-    return tokens
+    return kept.repeat_interleave(item, 1)[:, :n]
 
 
 def forced_items(selector: Any, n: int) -> Tensor:
     """bool [items]: those with a sink or a recent token."""
     item = selector.block if selector.granularity == "block" else 1
     begin = torch.arange(0, n, item, device=GPU)
-    return (begin < selector.sinks) | (begin + item > n - selector.recent)
+    forced: Tensor = (begin < selector.sinks) | (begin + item > n - selector.recent)
+    return forced
 
 
 def misplaced(selector: Any, scores: Tensor, kept: Tensor) -> int:
