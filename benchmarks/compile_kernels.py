@@ -16,11 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sparsec.plan import Selector, Window
-from sparsec.plugins.kernels import append, blocks, choose, decode, lists
+from sparsec.plan import Coarse, Selector, Window
+from sparsec.plugins.kernels import append, blocks, choose, coarse, decode, lists
 from sparsec.plugins.kernels.window import window_prefill
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8"}
 HEADS, KV, DIM, SLOTS, RETRIEVAL = 32, 8, 128, 131072, 5
 
 
@@ -53,7 +53,7 @@ def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> 
 
 
 def main() -> None:
-    """All kernels once, the selector's also for blocks."""
+    """All kernels once; the selector's also for blocks, and for index keys in fp8."""
     JITFunction.run = compiled
 
     def ints(*shape: int) -> torch.Tensor:
@@ -68,10 +68,13 @@ def main() -> None:
     one, far, near = halves(1, HEADS, 1, DIM), halves(1, KV, 1024, DIM), halves(1, KV, 8196, DIM)
     index, queries = halves(1, RETRIEVAL, SLOTS, 16), torch.zeros(1, RETRIEVAL, 16)
     projection = torch.zeros(RETRIEVAL, 16, DIM)
-    append.append(
-        one, k[:, :, :1], k[:, :, :1], (torch.zeros(1, 1, DIM),) * 2, (projection, projection), ints(1), ints(KV),
-        ints(RETRIEVAL), ints(RETRIEVAL), (near, near), (far, far), index, queries, 4,
-    )  # fmt: skip
+    eight, scales = (torch.zeros(1, RETRIEVAL, SLOTS, last, dtype=torch.uint8) for last in (16, 1))
+    means = halves(1, RETRIEVAL, SLOTS // 64, 16)
+    for keys, exponents in ((index, None), (eight, scales)):
+        append.append(
+            one, k[:, :, :1], k[:, :, :1], (torch.zeros(1, 1, DIM),) * 2, (projection, projection), ints(1), ints(KV),
+            ints(RETRIEVAL), ints(RETRIEVAL), (near, near), (far, far), keys, queries, 4, exponents, means, 64,
+        )  # fmt: skip
     partial, lse = torch.zeros(1, HEADS, 128, DIM), torch.zeros(1, HEADS, 128)
     decode.window_decode(
         one, (near, near), (far, far), ints(1), ints(8, 16), ints(8), 4, window, 0, scale, 8192, 32, partial, lse
@@ -84,6 +87,7 @@ def main() -> None:
         values, stats = torch.zeros(1, RETRIEVAL, items), torch.zeros(1, RETRIEVAL, SLOTS // choose.CHUNK, 3)
         totals, edges = torch.zeros(1, RETRIEVAL), torch.zeros(1, RETRIEVAL, 2)
         choose.score(index, queries, ints(1), item, values, stats)
+        choose.score(eight, queries, ints(1), item, values, stats, scales)
         sums = torch.zeros(2, 1, RETRIEVAL, choose.shares_of(items), 2 * choose.WAYS)
         choose.search(values, ints(1), stats, selector, sums, torch.zeros(2, 1, RETRIEVAL, 4), totals, edges)
         decode.chosen_decode(
@@ -102,7 +106,13 @@ def main() -> None:
         rank=16, rope="post", top_p=0.9, granularity="block", block=64, sinks=4, recent=64, min_keep=64,
         prefill="selector", query_block=64, vote_every=4,
     )  # fmt: skip
-    chosen = blocks.choose_lists(torch.zeros(1, RETRIEVAL, 4096, 16), index, ints(1), 0, 8, SLOTS, prompt, 0)
+    levels = prompt.model_copy(update={"coarse": Coarse(min_context=65536)})
+    for keys, exponents in ((index, None), (eight, scales)):
+        found = torch.zeros(1, RETRIEVAL, SLOTS // 64)
+        coarse.score(keys, exponents, means, queries, ints(1), levels, found)
+    rows = torch.zeros(1, RETRIEVAL, 4096, 16)
+    chosen = blocks.choose_lists(rows, index, ints(1), 0, 8, SLOTS, prompt, 0)
+    blocks.choose_lists(rows, eight, ints(1), 0, 8, SLOTS, prompt, 0, scales)
     blocks.block_prefill(
         q, k, k, q, ints(RETRIEVAL), ints(RETRIEVAL), ints(RETRIEVAL), ints(1), chosen, prompt, 0, scale
     )

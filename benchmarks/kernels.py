@@ -32,8 +32,11 @@ from sparsec.plan import Plan
 from sparsec.plugins import selector as selecting
 from sparsec.plugins.attention import LayerRuntime, Step, layer_runtime
 from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of, kept_keys
+from sparsec.plugins.coarse import candidates
+from sparsec.plugins.index_keys import loaded, stored
 from sparsec.plugins.kernels import attention as kernels
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
+from sparsec.plugins.kernels.coarse import means_of_prompt
 from sparsec.plugins.kernels.window import window_prefill
 from sparsec.plugins.selector import Indexer
 
@@ -43,12 +46,17 @@ SCALE = DIM**-0.5
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # main() wants a GPU
 VOTE_EVERY = (1, 4)  # of 64 prompt rows all decide, or every fourth
 OPERATIONS, BANDWIDTH = 600e12, 2.8e12  # a second: what dense kernels reach on an H100, and what floors count with
+WAYS: dict[str, dict[str, Any]] = {  # of index keys, beside the model's dtype and all of them
+    "fp8 index keys": {"index_dtype": "fp8"},
+    "coarse level": {"coarse": {"min_context": 1000, "one_in": 4}},
+    "fp8 index keys and coarse level": {"index_dtype": "fp8", "coarse": {"min_context": 1000, "one_in": 4}},
+}
 WRONG = 1e-2  # relative error against float64 from which on a result is wrong
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
-def plan(window: int, granularity: str, prefill: str = "dense", every: int = 1) -> Plan:
-    """A plan of one layer. every: prompt rows of which one votes."""
+def plan(window: int, granularity: str, prefill: str = "dense", every: int = 1, **more: Any) -> Plan:
+    """A plan of one layer. every: prompt rows of which one votes; more: of the selector."""
     heads = tuple(int(head in RETRIEVAL) for head in range(HEADS))
     return Plan.parse(
         {
@@ -59,7 +67,7 @@ def plan(window: int, granularity: str, prefill: str = "dense", every: int = 1) 
             "selector": {
                 "rank": RANK, "rope": "post", "top_p": 0.9, "granularity": granularity, "block": BLOCK,
                 "sinks": SINKS, "recent": 64, "min_keep": 0, "scope": "head", "prefill": prefill,
-                "vote_every": every,
+                "vote_every": every, **more,
             },
             "layers": [{"heads": heads, "index": "full"}],
         }
@@ -77,9 +85,14 @@ def runtime(of: Plan, dtype: torch.dtype, length: int, rate: float, seed: int) -
         store.normal_(generator=generator)
     # The first direction of an index key is what queries are made to look at: high in a few blocks, low elsewhere.
     hot = torch.rand(len(RETRIEVAL), cache.slots // BLOCK + 1, generator=generator, device=GPU) < rate / 0.9
-    cache.index.normal_(generator=generator).mul_(0.02)
-    at = hot.repeat_interleave(BLOCK, 1)[:, : cache.index.shape[2]]
-    cache.index[0, :, :, 0] += torch.where(at, 4.0, -4.0).to(dtype)
+    index = torch.empty(cache.index.shape, dtype=dtype, device=GPU).normal_(generator=generator).mul_(0.02)
+    at = hot.repeat_interleave(BLOCK, 1)[:, : index.shape[2]]
+    index[0, :, :, 0] += torch.where(at, 4.0, -4.0).to(dtype)
+    assert of.selector is not None
+    held = stored(index, dtype, of.selector)
+    cache.store_index(slice(0, index.shape[2]), held)
+    if cache.means is not None:
+        means_of_prompt(held, cache.means, BLOCK, 0, length // BLOCK)
     assert cache.lengths is not None
     cache.lengths.fill_(length)
     cache.length = length
@@ -134,7 +147,12 @@ def check_decode(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
             if head in RETRIEVAL:
                 row = RETRIEVAL.index(head)
                 seen = sets[row]
-                wrong += misplaced(of.selector, cache.index[0, row, :n].double() @ queries[0, row, 0], seen)
+                scores = loaded(cache.index_of(slice(0, n)))[0, row].double() @ queries[0, row, 0]
+                if cache.means is not None:
+                    each = slice(row, row + 1)
+                    of_row = (queries[:, each].float(), cache.means[:, each, : n // BLOCK], pos[None, -1:], pos[None])
+                    scores = scores.masked_fill(~candidates(*of_row, of.selector)[0, 0, 0], float("-inf"))
+                wrong += misplaced(of.selector, scores, seen)
                 kept.append(float(seen.float().mean()))
             keys, values = cache.far[0][0, place, :n][seen], cache.far[1][0, place, :n][seen]
         true = (keys.double() @ q[0, head, 0].double() * SCALE).softmax(0) @ values.double()
@@ -163,7 +181,8 @@ def forced_items(selector: Any, n: int) -> Tensor:
     """bool [items]: those with a sink or a recent token."""
     item = selector.block if selector.granularity == "block" else 1
     begin = torch.arange(0, n, item, device=GPU)
-    return (begin < selector.sinks) | (begin + item > n - selector.recent)
+    forced: Tensor = (begin < selector.sinks) | (begin + item > n - selector.recent)
+    return forced
 
 
 def misplaced(selector: Any, scores: Tensor, kept: Tensor) -> int:
@@ -209,7 +228,8 @@ def check_prefill(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
     sets = torch.ones(1, len(RETRIEVAL), length, length, dtype=torch.bool, device=GPU)
     if of.selector.prefill == "selector":
         queries = rt.indexer.queries(q[:, list(RETRIEVAL)])
-        index = rt.indexer.keys(k[:, [head // (HEADS // KV) for head in RETRIEVAL]]).to(dtype).float()
+        index = rt.indexer.keys(k[:, [head // (HEADS // KV) for head in RETRIEVAL]])
+        index = loaded(stored(index, dtype, of.selector))
         numbers = group_numbers(t.T, of.selector, 0)
         groups = groups_of(numbers, 0, length)
         assert groups is not None
@@ -345,12 +365,14 @@ def time_decode(of: Plan, length: int, rate: float) -> dict[str, Any]:
     )
     dense = {name: value / layers for name, value in dense.items()}
     window = 2 * (WINDOW + SINKS) * DIM * 2 * KV
-    read = window + len(RETRIEVAL) * length * (RANK * 2 + rate * 2 * DIM * 2)
+    assert of.selector is not None
+    read = window + len(RETRIEVAL) * (of.selector.index_read(length, 2) + length * rate * 2 * DIM * 2)
+    held = 2 * full * length * DIM * 2 + len(RETRIEVAL) * of.selector.index_bytes(length, 2)
     return {
         "ours_us": ours / layers * 1e3, "dense_us": {name: value * 1e3 for name, value in dense.items()},
         "speedup": min(dense.values(), default=0.0) * layers / ours, "kept": share, "layers": layers,
         "floor_us": read / BANDWIDTH * 1e6, "bytes_per_second": read / (ours / layers * 1e-3),
-        "kv_bytes": window // KV * (KV - full) + 2 * full * length * DIM * 2 + len(RETRIEVAL) * length * RANK * 2,
+        "kv_bytes": window // KV * (KV - full) + held,
         "dense_kv_bytes": dense_bytes,
     }  # fmt: skip
 
@@ -392,10 +414,16 @@ def main() -> None:
                 for length in (600, 5000, 40000):
                     name = f"decode {granularity} {length} {dtype}"
                     note("checks", name, partial(check_decode, plan(1024, granularity), dtype, length))
+                    for more, changed in WAYS.items():
+                        if granularity == "block" or "coarse" not in changed:
+                            way = plan(1024, granularity, **changed)
+                            note("checks", f"{name} {more}", partial(check_decode, way, dtype, length))
             note("checks", f"prefill {dtype}", partial(check_prefill, plan(700, "token"), dtype, 3001))
             for every in VOTE_EVERY:
                 name, by_blocks = f"prefill by blocks, every {every} {dtype}", plan(700, "token", "selector", every)
                 note("checks", name, partial(check_prefill, by_blocks, dtype, 3001))
+            eight = plan(700, "token", "selector", index_dtype="fp8")
+            note("checks", f"prefill by blocks, fp8 index keys {dtype}", partial(check_prefill, eight, dtype, 3001))
         wrong = [
             name
             for name, result in found["checks"].items()
@@ -415,6 +443,10 @@ def main() -> None:
                         f"{granularity} {length} {rate}",
                         partial(time_decode, plan(WINDOW, granularity), length, rate),
                     )
+            for rate in map(float, options.rates.split(",")):
+                for more, changed in WAYS.items():
+                    way = plan(WINDOW, "block", **changed)
+                    note("decode", f"block {length} {rate} {more}", partial(time_decode, way, length, rate))
         if options.only in (None, "prefill"):
             ways = {"dense": plan(WINDOW, "block")}
             ways |= {f"blocks, every {n}": plan(WINDOW, "block", "selector", n) for n in VOTE_EVERY}

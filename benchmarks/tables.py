@@ -123,11 +123,11 @@ def kernels(result: Mapping[str, Any]) -> str:
             times = [f"{one['ours_ms']:.1f} ms", f"{dense:.1f} ms ({best})", f"{one['speedup']:.1f}x"]
             rows.append([f"{int(length):,}", f"prompt, {way}", *times, f"{one['local_over_floor']:.2f}"])
     for name, one in result["decode"].items():
-        granularity, length, rate = name.split(" ")
+        granularity, length, rate, *more = name.split(" ", 3)
         if "failed" not in one:
             dense, best = min((value, kind) for kind, value in one["dense_us"].items())
             times = [f"{one['ours_us']:.0f} us", f"{dense:.0f} us ({best})", f"{one['speedup']:.1f}x"]
-            what = f"decode, {float(rate):.0%} kept by {granularity}s"
+            what = ", ".join([f"decode, {float(rate):.0%} kept by {granularity}s", *more])
             rows.append([f"{int(length):,}", what, *times, f"{one['ours_us'] / one['floor_us']:.2f}"])
     rows.sort(key=lambda row: int(row[0].replace(",", "")))
     head = ["tokens", "", "the plan", "dense", "faster", "times its floor"]
@@ -140,6 +140,44 @@ def kernels(result: Mapping[str, Any]) -> str:
     made = f"{result['device']}, torch {result['versions']['torch']}: `{result['command']}`."
     note = f" {result['note']}" if "note" in result else ""
     return "\n".join([*markdown(head, rows, 2), "", f"{floor} {made}{note}"])
+
+
+def index_keys(result: Mapping[str, Any]) -> str:
+    """Index keys in fewer bits, of what benchmarks/index_keys.py found."""
+    rows = [
+        [
+            f"{row['context']:,}",
+            row["way"],
+            f"{row['bytes']:g}",
+            *(f"{row[name]:.1%}" for name in ("recall_mean", "recall_p5")),
+            f"{row['kept_mean']:.0f}",
+        ]
+        for row in result["rows"]
+        if row["context"] == max(each["context"] for each in result["rows"])
+    ]
+    head = ["context", "index keys", "bytes a token and head", "mass found", "5 % of rows below", "tokens kept"]
+    return "\n".join([*_markdown(head, rows, 2), "", _on_rows(result)])
+
+
+def coarse(result: Mapping[str, Any]) -> str:
+    """A coarse level, of what benchmarks/coarse.py found."""
+    rows = [
+        [
+            f"{row['context']:,}",
+            f"one in {row['one_in']}, by {row['ranked_by']}" if row["ranked_by"] else "all",
+            *(f"{row[name]:.1%}" for name in ("recall_mean", "recall_p5")),
+            f"{row['kept_mean']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["context", "blocks scored", "mass found", "5 % of rows below", "tokens kept"]
+    return "\n".join([*_markdown(head, rows, 2), "", _on_rows(result)])
+
+
+def _on_rows(result: Mapping[str, Any]) -> str:
+    rows, torch = result["rows"][0]["rows"], result["versions"]["torch"]
+    where = f"{result['text']}; {result['device']}, torch {torch}"
+    return f"The last {rows} rows as decode rows, {where}: `{result['command']}`."
 
 
 def routing(result: Mapping[str, Any]) -> str:
@@ -277,6 +315,8 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "sharing": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", sharing),
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
+    "index-keys": ("index-keys-demo", "python benchmarks/index_keys.py out/blocks && make docs", index_keys),
+    "coarse": ("coarse-demo", "python benchmarks/coarse.py out/blocks && make docs", coarse),
     "gate": ("gate-demo", "python benchmarks/release_gate.py out/demo && make docs", gate),
     "merged": ("merged-demo", "python benchmarks/merged_tokens.py", merged),
     "lengths": (

@@ -18,7 +18,7 @@ class Read:
     """Bytes that one decode step reads in the layers with an index, means over rows."""
 
     context: float  # tokens, the new one included
-    index: float  # index keys of all tokens; layers that share a set read none
+    index: float  # index keys of all tokens, or means and those of candidates; layers that share a set read none
     kept: float  # keys and values of the union of what the query heads on a KV head read
     dense: float  # keys and values of all tokens of the same KV heads, once for their query heads
 
@@ -59,7 +59,7 @@ def read_bytes(plan: Plan, context: float, kept: Mapping[int, float], itemsize: 
     read = sum(len(selecting_kv_heads(plan, i)) for i in plan.indexed())
     return Read(
         context=context,
-        index=full * plan.selector.rank * itemsize * context,
+        index=full * plan.selector.index_read(context, itemsize),
         kept=sum(kept.values()) * pair,
         dense=read * pair * context,
     )
@@ -116,7 +116,7 @@ def resident_bytes(plan: Plan, tokens: int, itemsize: int) -> dict[str, int]:
         held["dense"] += shape.kv_heads * tokens * pair
         held["full"] += (shape.kv_heads - gone) * tokens * pair
         if layer.index == "full" and plan.selector is not None:
-            held["index"] += len(layer.retrieval) * tokens * plan.selector.rank * itemsize
+            held["index"] += int(len(layer.retrieval) * plan.selector.index_bytes(tokens, itemsize))
         if plan.window is None:
             continue
         most = plan.window.size + plan.window.sinks

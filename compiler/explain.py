@@ -15,7 +15,7 @@ from sparsec.export.manifest import manifest_data
 from sparsec.export.selectors import KINDS, break_even_words, head_rows, share, unit
 from sparsec.export.words import MINUS, elsewhere, far_words, measured, memory, own_indexers, size
 from sparsec.layout import MANIFEST, MEASUREMENTS, REPORT, check_tensors, is_artifact, read_json, read_plan
-from sparsec.plan import Plan
+from sparsec.plan import Plan, Selector
 from sparsec.plugins.kernels.support import reason_in
 
 if TYPE_CHECKING:
@@ -116,9 +116,17 @@ def _plan_lines(plan: Plan) -> list[str]:
             f"the last {s.recent} forced, one set a {s.scope}",
             *[f"          in prefill too: {s.query_block} rows at a time choose blocks of {s.block}"]
             * (s.prefill == "selector"),
+            *_coarse_lines(s),
+            *["          its keys are in fp8, one scale a token and head"] * (s.index_dtype == "fp8"),
             f"sharing   {plan.pattern} on layers {', '.join(map(str, plan.indexed()))}",
         ]
     return lines
+
+
+def _coarse_lines(selector: Selector) -> list[str]:
+    if (c := selector.coarse) is None:
+        return []
+    return [f"          beyond {c.min_context} tokens scored in one block of {c.one_in} alone, by mean keys of blocks"]
 
 
 def _head_map(plan: Plan) -> str:

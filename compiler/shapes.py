@@ -57,6 +57,8 @@ def made_plan(
     prefill: str,
     granularity: str = "query_head",
     vote_every: int = 1,
+    index_dtype: str = "model",
+    coarse_from: int | None = None,
     seed: int = 0,
 ) -> Plan:
     """Retrieval heads drawn at random, blocks of 64 of which top-p keeps about ``rate``.
@@ -68,6 +70,8 @@ def made_plan(
         granularity: ``query_head``, or ``kv_head``: a KV head's query heads are retrieval heads together, so that no
             other KV head keeps every token.
         vote_every: of so many prompt rows one chooses.
+        index_dtype: of projected keys in the cache, ``model`` or ``fp8``.
+        coarse_from: contexts longer than this score tokens in one block of four; None: never.
     """
     shape, rng = shape_of(model.config), random.Random(seed)
     size = shape.group if granularity == "kv_head" else 1
@@ -92,6 +96,8 @@ def made_plan(
                 "scope": "head",
                 "prefill": prefill,
                 "vote_every": vote_every,
+                "index_dtype": index_dtype,
+                "coarse": {"min_context": coarse_from} if coarse_from is not None else None,
             },
             "layers": layers,
         }

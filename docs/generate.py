@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from sparsec.compiler.recipe import Gate, Recipe
 from sparsec.compiler.registry import known_passes
 from sparsec.compiler.thresholds import GoldenBounds, QualityBounds, SpeedBounds, Thresholds
-from sparsec.plan import Dsa, Hisa, LayerPlan, Misa, ModelShape, PassRecord, Plan, Routing, Selector, Window
+from sparsec.plan import Coarse, Dsa, Hisa, LayerPlan, Misa, ModelShape, PassRecord, Plan, Routing, Selector, Window
 
 THRESHOLDS: dict[str, type[BaseModel]] = {
     "": Thresholds,
@@ -57,7 +57,7 @@ def render(name: str) -> str:
 def plan_text() -> str:
     """A table a class, outermost first, and the JSON schema."""
     parts = []
-    for kind in (Plan, ModelShape, Window, Selector, Dsa, Hisa, Misa, LayerPlan, Routing, PassRecord):
+    for kind in (Plan, ModelShape, Window, Selector, Coarse, Dsa, Hisa, Misa, LayerPlan, Routing, PassRecord):
         parts += [f"### {kind.__name__}", _first_line(kind), fields_table(kind)]
     schema = json.dumps(_untitled(Plan.model_json_schema()), indent=2, ensure_ascii=False)
     parts.append(f"### As a JSON schema\n\n```json\n{schema}\n```")

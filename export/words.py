@@ -256,7 +256,16 @@ def runs(plan: Plan) -> list[tuple[str, str]]:
         indexed = ", ".join(map(str, plan.indexed()))
         own = "layer (the union over its retrieval heads)" if s.scope == "layer" else "head"
         out += [
-            ("indexers", f"rank {s.rank}, on q and k {'before' if s.rope == 'pre' else 'after'} the rotary embedding"),
+            (
+                "indexers",
+                f"rank {s.rank}, on q and k {'before' if s.rope == 'pre' else 'after'} the rotary embedding"
+                + ("; keys in fp8" if s.index_dtype == "fp8" else "")
+                + (
+                    f"; beyond {count(s.coarse.min_context)} tokens in one block of {s.coarse.one_in}"
+                    if s.coarse
+                    else ""
+                ),
+            ),
             (
                 "selection",
                 f"in decode, {unit} up to {percent(s.top_p, 0)} of the indexer's softmax mass, one set a {own}; "

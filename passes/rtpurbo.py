@@ -12,9 +12,9 @@ stage 2 is the pass ``distill``. What the paper leaves open and what is chosen h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sparsec.calibrate.decode import decode_rows
@@ -39,7 +39,7 @@ from sparsec.passes.split import (
     split_plan,
     splittable,
 )
-from sparsec.plan import Plan, Selector, Window
+from sparsec.plan import Coarse, Plan, Selector, Window
 from sparsec.plugins.runtime import applied
 
 LONGEST = 16384  # tokens that selectors are measured on at most
@@ -83,6 +83,13 @@ class Rtpurbo(Pass):
     )
     query_block: int = Field(default=64, ge=1, le=1024, description="prompt rows that choose key blocks together")
     vote_every: int = Field(default=1, ge=1, le=1024, description="every so-manyth of these rows decides for them")
+    index_dtype: Literal["model", "fp8"] = Field(
+        default="model", description="projected keys in the cache: its own dtype, or fp8: 53 % of bf16's bytes (ours)"
+    )
+    coarse_from: int | None = Field(
+        default=None, ge=0, description="longer contexts score tokens in the best blocks alone (ours); null: never"
+    )
+    coarse_one_in: int = Field(default=4, ge=2, le=1024, description="of so many blocks one is scored there")
     forced_recent: int = Field(default=64, ge=0, description="latest tokens that retrieval heads always keep (ours)")
     min_keep: int = Field(default=64, ge=0, description="unforced tokens kept at least (ours); the paper's block is 64")
     context: int | None = Field(default=None, ge=128, description="tokens a calibration window; null: 4 windows")
@@ -101,6 +108,12 @@ class Rtpurbo(Pass):
     mined: int = Field(default=256, ge=0, description="more rows of each, those with the sharpest far attention (ours)")
     steps: int = Field(default=150, ge=0, description="stage-1 steps of 64 rows (the paper: 600 of one sequence each)")
     lr: float = Field(default=5e-3, gt=0, description="peak learning rate of stage 1 (the paper: 1e-3)")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.coarse_from is not None and (self.select != "block" or self.top_p >= 1):
+            raise ValueError("coarse_from needs select=block and a top_p below 1")
+        return self
 
     def run(self, program: Program, calibration: Calibration) -> PassResult:
         """Detect, split, check, fit. See :class:`sparsec.passes.base.Pass`."""
@@ -239,6 +252,10 @@ class Rtpurbo(Pass):
             prefill=self.prefill,
             query_block=self.query_block,
             vote_every=self.vote_every,
+            index_dtype=self.index_dtype,
+            coarse=Coarse(min_context=self.coarse_from, one_in=self.coarse_one_in)
+            if self.coarse_from is not None
+            else None,
         ).model_dump()
         return split_plan(plan, heads, window, min_context, index="full", selector=selector)
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from sparsec.plan import Dsa, LayerPlan, Plan
 from sparsec.plugins.blocks import Groups, choose_blocks, group_numbers, groups_of, kept_keys
 from sparsec.plugins.cache import SparseLayer
+from sparsec.plugins.coarse import candidates, extended
 from sparsec.plugins.compensation import Dropped, compensated
+from sparsec.plugins.index_keys import Index, stored
 from sparsec.plugins.masked import ROWS, Picked, dense, gathered, picked_rows, windowed
 from sparsec.plugins.selector import Indexer, causal, select, unrotate
 
@@ -269,13 +271,13 @@ def _full(
         return
     cache, rows, group = rt.cache, k.shape[2], rt.plan.model.group
     k, v = k[:, rt.full_kv], v[:, rt.full_kv]
-    index = _index_keys(rt, k)
+    index = _index(rt, k, pos)
     if cache is not None and cache.full_keys is not None and cache.full_values is not None:
         k, v = torch.cat((cache.full_keys, k), 2), torch.cat((cache.full_values, v), 2)
-        if index is not None and cache.index_keys is not None:
-            index = torch.cat((cache.index_keys, index), 2)
     if cache is not None and step.commit:
-        cache.full_keys, cache.full_values, cache.index_keys = k, v, index
+        cache.full_keys, cache.full_values = k, v
+        if index is not None:
+            cache.index_keys, cache.index_means = index.keys, index.means
     q_pos = pos[:, -rows:]
     if len(rt.windowed):
         heads = torch.searchsorted(rt.full_kv, rt.windowed // group)
@@ -308,12 +310,20 @@ def _full(
 
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)  # a choice has no other precision in training than in use
-def _index_keys(rt: LayerRuntime, k: Tensor) -> Tensor | None:
-    """Projected keys of the new tokens: [batch, retrieval heads, rows, rank]; shared layers have none."""
-    if rt.indexer is None or rt.plan.selector is None:
+def _index(rt: LayerRuntime, k: Tensor, pos: Tensor) -> Index | None:
+    """Projected keys of all tokens so far; a shared layer has none. k: [batch, full KV heads, rows, head_dim], new."""
+    selector, cache = rt.plan.selector, rt.cache
+    if rt.indexer is None or selector is None:
         return None
+    assert cache is None or isinstance(cache, SparseLayer)
     heads = torch.searchsorted(rt.full_kv, rt.retrieval // rt.plan.model.group)
-    return rt.indexer.keys(as_selector_sees(rt, k)[:, heads]).to(k.dtype)
+    keys, means = stored(rt.indexer.keys(as_selector_sees(rt, k)[:, heads]), k.dtype, selector), None
+    if cache is not None and cache.index_keys is not None:
+        keys = torch.cat((cache.index_keys, keys), 2)
+    if selector.coarse is not None:
+        held = cache.index_means if cache is not None else None
+        means = extended(held, keys, pos, k.shape[2], selector.block, k.dtype)
+    return Index(keys, means)
 
 
 def as_selector_sees(rt: LayerRuntime, x: Tensor) -> Tensor:
@@ -333,7 +343,7 @@ def _selected(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    index: Tensor | None,
+    index: Index | None,
     pos: Tensor,
     scale: float,
 ) -> Tensor:
@@ -371,29 +381,37 @@ def _selected(
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
 def _choose(
-    rt: LayerRuntime, q: Tensor, start: int, stop: int, index: Tensor | None, q_pos: Tensor, k_pos: Tensor
+    rt: LayerRuntime, q: Tensor, start: int, stop: int, index: Index | None, q_pos: Tensor, k_pos: Tensor
 ) -> Tensor:
     """The keys that rows start .. stop keep: [batch, heads or 1, rows, keys]. No gradient goes through a choice."""
     assert rt.plan.selector is not None
-    scores = _scores(rt, q, start, stop, index, k_pos.shape[1])
-    return select(scores, q_pos, k_pos, rt.plan.selector, rt.plan.min_context)
+    scores, of = _scores(rt, q, start, stop, index, k_pos.shape[1]), None
+    if rt.plan.selector.coarse is not None:
+        assert index is not None
+        assert index.means is not None
+        of = candidates(_queries(rt, q, start, stop), index.means, q_pos, k_pos, rt.plan.selector)
+    return select(scores, q_pos, k_pos, rt.plan.selector, rt.plan.min_context, candidates=of)
 
 
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
-def _scores(rt: LayerRuntime, q: Tensor, start: int, stop: int, index: Tensor | None, keys: int) -> Tensor:
+def _scores(rt: LayerRuntime, q: Tensor, start: int, stop: int, index: Index | None, keys: int) -> Tensor:
     """The selector's scores of rows start .. stop on the first keys, float32."""
-    assert rt.indexer is not None
     assert index is not None
-    queries = rt.indexer.queries(as_selector_sees(rt, q)[:, :, start:stop])
-    return queries @ index[:, :, :keys].float().transpose(-1, -2)
+    return _queries(rt, q, start, stop) @ index.read(keys).transpose(-1, -2)
+
+
+def _queries(rt: LayerRuntime, q: Tensor, start: int, stop: int) -> Tensor:
+    """Projected queries of rows start .. stop, float32 [batch, heads, rows, rank]."""
+    assert rt.indexer is not None
+    return rt.indexer.queries(as_selector_sees(rt, q)[:, :, start:stop])
 
 
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
 def _block_queries(rt: LayerRuntime, q: Tensor, prompt: int) -> Tensor | None:
     """Projected queries of the call's first rows, [batch, heads, prompt, rank]; None in a shared layer."""
-    return rt.indexer.queries(as_selector_sees(rt, q)[:, :, :prompt]) if rt.indexer is not None else None
+    return _queries(rt, q, 0, prompt) if rt.indexer is not None else None
 
 
 def _chosen_blocks(
@@ -403,7 +421,7 @@ def _chosen_blocks(
     k: Tensor,
     v: Tensor,
     queries: Tensor | None,
-    index: Tensor | None,
+    index: Index | None,
     pos: Tensor,
     scale: float,
 ) -> Tensor:
@@ -437,7 +455,7 @@ def _chosen_blocks(
 def _choose_blocks(
     rt: LayerRuntime,
     queries: Tensor | None,
-    index: Tensor | None,
+    index: Index | None,
     pos: Tensor,
     past: int,
     numbers: Tensor,
@@ -448,7 +466,7 @@ def _choose_blocks(
     assert index is not None
     assert rt.plan.selector is not None
     part, seen = slice(groups.start, groups.stop), past + groups.stop
-    scores = queries[:, :, part] @ index[:, :, :seen].float().transpose(-1, -2)
+    scores = queries[:, :, part] @ index.read(seen).transpose(-1, -2)
     q_pos, k_pos = pos[:, past:][:, part], pos[:, :seen]
     return choose_blocks(scores, numbers[:, part], groups, q_pos, k_pos, rt.plan.selector)
 

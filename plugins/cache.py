@@ -4,7 +4,8 @@ A Transformers ``Cache`` is a list of layer caches; :func:`plugins.runtime` fill
 
     full KV heads    every token,                   [batch, full KV heads, tokens, head_dim]
     local KV heads   sinks and window, a ring,      [batch, local KV heads, sinks + window, head_dim]
-    index keys       Wk k of every token,           [batch, retrieval heads, tokens, rank]
+    index keys       Wk k of every token,           [batch, retrieval heads, tokens, rank], or in fp8 rank + 1 bytes
+    index means      of a coarse level,             [batch, retrieval heads, blocks, rank]
     dropped          where the window compensates: sums of what local heads no longer see, float32,
                      [batch, KV heads, head_dim], a key and a value a KV head that a local head reads
 
@@ -162,19 +163,20 @@ class SparseLayer(PlanLayer):
         self.full_keys: Tensor | None = None
         self.full_values: Tensor | None = None
         self.index_keys: Tensor | None = None
+        self.index_means: Tensor | None = None
         self.dropped: Dropped | None = None  # by local query heads on full KV heads
         self.local = LocalStore(window, min_context) if window else None
 
     def reset(self) -> None:
         """Forget everything."""
         self.length = 0
-        self.full_keys = self.full_values = self.index_keys = self.dropped = None
+        self.full_keys = self.full_values = self.index_keys = self.index_means = self.dropped = None
         if self.local is not None:
             self.local = LocalStore(self.local.window, self.local.min_context)
 
     def _held(self) -> list[tuple[Any, str]]:
         """Every tensor that is held, as its owner and its name there."""
-        owners: list[tuple[Any, tuple[str, ...]]] = [(self, ("full_keys", "full_values", "index_keys"))]
+        owners: list[tuple[Any, tuple[str, ...]]] = [(self, ("full_keys", "full_values", "index_keys", "index_means"))]
         if self.local is not None:
             owners.append((self.local, ("keys", "values", "pos")))
         for dropped in (self.dropped, self.local.dropped if self.local is not None else None):

@@ -79,6 +79,7 @@ def select(
     min_context: int,
     *,
     union: bool | None = None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """The keys that each row keeps.
 
@@ -88,11 +89,14 @@ def select(
         selector: how to choose; ``scope`` 'layer' gives the union over heads.
         min_context: rows whose context is at most this long keep everything.
         union: overrides the selector's scope (for measuring).
+        candidates: bool as ``scores``, whole blocks and all forced ones: of a coarse level, all others weigh nothing.
 
     Returns:
         bool [batch, heads (1 for a union), rows, keys].
     """
     visible = causal(q_pos, k_pos)
+    if candidates is not None:
+        scores = scores.masked_fill(~candidates, float("-inf"))
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)
     distance = q_pos[:, None, :, None] - k_pos[:, None, None, :]
     forced = (k_pos[:, None, None, :] < selector.sinks) | (distance < selector.recent)
@@ -105,6 +109,8 @@ def select(
     keep = top_p(weights, selector.top_p) | largest(weights.masked_fill(forced, 0.0), least) | forced
     if selector.granularity == "block":
         keep = keep.gather(-1, index.expand(*keep.shape[:-1], visible.shape[-1]))
+    if candidates is not None:  # also where top_p is so near 1 that a sum never reaches it
+        keep = keep & candidates
     short = (q_pos < min_context)[:, None, :, None]
     keep = (keep | short) & visible
     if union if union is not None else selector.scope == "layer":

@@ -66,6 +66,15 @@ class Window(Strict):
     )
 
 
+class Coarse(Strict):
+    """Blocks are ranked by their mean projected key first, tokens are scored only in the best ones (as HISA does)."""
+
+    min_context: int = Field(ge=0, description="rows of at most so many tokens score all of them")
+    one_in: int = Field(
+        default=4, ge=2, le=1024, description="of so many blocks that a row sees one is scored, beside the forced ones"
+    )
+
+
 class Selector(Strict):
     """How a retrieval head chooses its keys: s = (Wq q)·(Wk k), softmax over all causal keys, top-p."""
 
@@ -91,14 +100,42 @@ class Selector(Strict):
     vote_every: int = Field(
         default=1, ge=1, le=1024, description="of these rows every so-manyth decides for all, the first one among them"
     )
+    index_dtype: Literal["model", "fp8"] = Field(
+        default="model",
+        description="projected keys in the cache: its own dtype, or e4m3 with a scale a token and head, rank + 1 bytes",
+    )
+    coarse: Coarse | None = Field(default=None, description="null: every token is scored; of decode rows alone")
 
     @model_serializer(mode="wrap")
     def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Where every row votes, as it was written before there was a choice: the digest stays."""
+        """Fields that came later and say nothing here are not written: the digest stays."""
         data: dict[str, Any] = write(self)
-        if self.vote_every == 1:
-            data.pop("vote_every", None)
+        for name in ("vote_every", "index_dtype", "coarse"):
+            if getattr(self, name) == type(self).model_fields[name].default:
+                data.pop(name, None)
         return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.coarse is not None and (self.granularity != "block" or self.top_p >= 1):
+            raise ValueError("a coarse level needs the selector's granularity to be 'block' and its top_p below 1")
+        return self
+
+    def index_bytes(self, tokens: float, itemsize: int) -> float:
+        """Bytes of a head's projected keys in the cache, with the means of blocks; ``itemsize``: of a number there."""
+        keys = tokens * (self.rank + 1 if self.index_dtype == "fp8" else self.rank * itemsize)
+        return keys + (self._mean_bytes(tokens, itemsize) if self.coarse is not None else 0)
+
+    def index_read(self, tokens: float, itemsize: int) -> float:
+        """Bytes of them that a decode step reads in a context of so many tokens: forced blocks and ties not counted."""
+        if self.coarse is None or tokens <= self.coarse.min_context:
+            return self.model_copy(update={"coarse": None}).index_bytes(tokens, itemsize)
+        return self._mean_bytes(tokens, itemsize) + self.model_copy(update={"coarse": None}).index_bytes(
+            tokens / self.coarse.one_in, itemsize
+        )
+
+    def _mean_bytes(self, tokens: float, itemsize: int) -> float:
+        return tokens // self.block * self.rank * itemsize
 
 
 class Hisa(Strict):

@@ -352,6 +352,10 @@ def test_a_shape_is_timed_with_random_weights(cli: Any, tiny_deep: Path) -> None
     alone = json.loads(cli(*line, *grouped, "--no-dense", "--json").out)
     assert (alone["granularity"], alone["vote_every"]) == ("kv_head", 4)
     assert alone["rows"][0]["kv_bytes"] > found["rows"][1]["kv_bytes"]  # both heads of a KV head have index keys
+    less = ["--index-dtype", "fp8", "--coarse-from", "100"]
+    smaller = json.loads(cli(*line, *grouped, *less, "--no-dense", "--json").out)
+    assert (smaller["index_dtype"], smaller["coarse_from"]) == ("fp8", 100)
+    assert smaller["rows"][0]["kv_bytes"] < alone["rows"][0]["kv_bytes"]
     assert [row["system"] for row in alone["rows"]] == ["artifact"]
     assert alone["break_even"] is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 import sparsec
+from sparsec.calibrate.decode_bytes import resident_bytes
 from sparsec.errors import UsageError
 from sparsec.plan import ModelShape, Plan
 from sparsec.plugins.kernels import support
@@ -86,6 +88,28 @@ PLANS = {
         prefill="selector", query_block=8, rope="post", min_context=18, compensate=True
     ),
     "query blocks of which some rows vote": make_plan(prefill="selector", query_block=8, vote_every=3, min_context=18),
+    "index keys in fp8": make_plan(index_dtype="fp8"),
+    "index keys in fp8, blocks in prefill too": make_plan(
+        index=("full", "full", "none", "full"),
+        scope="head",
+        granularity="block",
+        rope="post",
+        prefill="selector",
+        query_block=8,
+        index_dtype="fp8",
+    ),
+    "a coarse level": make_plan(granularity="block", coarse={"min_context": 45, "one_in": 4}),
+    "a coarse level, a set a head": make_plan(
+        index=("full", "full", "none", "full"),
+        scope="head",
+        granularity="block",
+        min_keep=9,
+        top_p=0.8,
+        recent=0,
+        sinks=0,
+        index_dtype="fp8",
+        coarse={"min_context": 0, "one_in": 3},
+    ),
 }
 ANY_CHUNK = ("short contexts dense", "compensated", "compensated from here on", "single queries")
 
@@ -169,6 +193,31 @@ def naive_blocks(mass: dict[int, Tensor], plan: Plan) -> set[int]:
     return {j for b in kept for j in range(b * size, (b + 1) * size)}
 
 
+def naive_fp8(key: Tensor) -> Tensor:
+    """An index key in e4m3, under the power of two that brings its largest number into [128, 256)."""
+    scale = 2.0 ** (math.floor(math.log2(float(key.abs().max()))) - 7)
+    out = []
+    for number in (key / scale).tolist():
+        step = 2.0 ** (max(math.floor(math.log2(abs(number))), -6) - 3) if number else 1.0
+        out.append(round(number / step) * step)  # Python rounds halves to the even one
+    return torch.tensor(out, dtype=torch.float64) * scale
+
+
+def naive_beside(keys: Tensor, query: Tensor, plan: Plan) -> list[int]:
+    """Tokens that a coarse level leaves out of the row that sees these keys: float64 [t + 1, rank]."""
+    how, n = plan.selector, len(keys)
+    assert how is not None
+    assert how.coarse is not None
+    if n <= how.coarse.min_context:
+        return []
+    blocks = [list(range(b, min(b + how.block, n))) for b in range(0, n, how.block)]
+    kept = {j // how.block for j in range(n) if j < how.sinks or n - 1 - j < how.recent} | {len(blocks) - 1}
+    mean = {b: float(keys[block].mean(0) @ query) for b, block in enumerate(blocks) if b not in kept}
+    edge = sorted(mean.values(), reverse=True)[min(-(-len(blocks) // how.coarse.one_in), len(mean)) - 1]
+    kept |= {b for b in mean if mean[b] >= edge - 1e-4}
+    return [j for b, block in enumerate(blocks) if b not in kept for j in block]
+
+
 @contextmanager
 def reference(model: Any, plan: Plan, tensors: dict[str, Tensor], prompt: int) -> Iterator[None]:
     """The model with attention written out from the plan; rows from ``prompt`` on are decode rows."""
@@ -188,7 +237,14 @@ def reference(model: Any, plan: Plan, tensors: dict[str, Tensor], prompt: int) -
             wq, wk = (
                 tensors[f"model.layers.{i}.self_attn.indexer.{p}.weight"][place].double() for p in ("q_proj", "k_proj")
             )
-            return (seen_k[b, h // group, : t + 1].double() @ wk.T) @ (wq @ seen_q[b, h, t].double())
+            keys = seen_k[b, h // group, : t + 1].double() @ wk.T
+            if plan.selector.index_dtype == "fp8":  # type: ignore[union-attr]
+                keys = torch.stack([naive_fp8(key) for key in keys])
+            query = wq @ seen_q[b, h, t].double()
+            found = keys @ query
+            if t >= prompt and plan.selector.coarse is not None:  # type: ignore[union-attr]
+                found[naive_beside(keys, query, plan)] = float("-inf")
+            return found
 
         for b in range(q.shape[0]):
             for t in range(rows):
@@ -444,6 +500,23 @@ def test_bytes_follow_the_plan_head_by_head(model: Any, ids: Tensor) -> None:
                 assert layer.index_keys.shape == (2, len(planned.retrieval), TOTAL, 4)
 
 
+def test_index_keys_in_fp8_take_a_byte_a_number_and_one_for_the_scale(model: Any, ids: Tensor) -> None:
+    pytest.importorskip("triton")
+    held = {}
+    for dtype in ("model", "fp8"):
+        plan, on = make_plan(index_dtype=dtype), copy.deepcopy(model).to(DEVICE)
+        heads = sum(len(layer.retrieval) for layer in plan.layers if layer.index == "full")
+        with applied(on, plan, make_tensors(plan)):
+            for kernels in ("reference", "triton"):
+                cache = new_cache(on, kernels)  # type: ignore[arg-type]
+                decode_steps(on, ids[:, :42].to(DEVICE), PROMPT, cache)
+                held[dtype, kernels] = kv_bytes(cache)
+    assert held["model", "reference"] - held["fp8", "reference"] == 2 * heads * 42 * (4 * 4 - 5)
+    slots = 2048 + 1
+    assert held["model", "triton"] - held["fp8", "triton"] == 2 * heads * slots * (4 * 4 - 5)
+    assert resident_bytes(make_plan(index_dtype="fp8"), 42, 4)["index"] == heads * 42 * 5
+
+
 # GQA -------------------------------------------------------------------------------------------------------------
 
 
@@ -679,6 +752,22 @@ ON_KERNELS = {
     **{name: PLANS[name] for name in ("shared index", "a set a head", "blocks", "after RoPE", "no selector")},
     **{name: PLANS[name] for name in ("crossing while decoding", "query blocks")},
     "query blocks of which some rows vote": PLANS["query blocks of which some rows vote"],
+    "index keys in fp8": PLANS["index keys in fp8"],
+    "a coarse level": make_plan(granularity="block", coarse={"min_context": 28, "one_in": 3}),
+    "a coarse level, a set a head": make_plan(
+        index=("full", "full", "none", "full"),
+        scope="head",
+        granularity="block",
+        min_keep=9,
+        top_p=0.8,
+        recent=0,
+        sinks=0,
+        index_dtype="fp8",
+        coarse={"min_context": 0, "one_in": 3},
+    ),
+    "index keys in fp8, blocks": make_plan(
+        granularity="block", prefill="selector", query_block=8, index_dtype="fp8", min_keep=6
+    ),
     "query blocks behind a dense beginning": make_plan(min_context=12, prefill="selector", query_block=4),
 }
 

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from sparsec.plan import Selector, Window
+from sparsec.plugins.coarse import candidates, extended
+from sparsec.plugins.index_keys import loaded, stored
 from sparsec.plugins.selector import select
 
 pytest.importorskip("triton")
 from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of
-from sparsec.plugins.kernels import blocks, choose, decode, lists
+from sparsec.plugins.kernels import append, blocks, choose, coarse, decode, lists
 from sparsec.plugins.kernels.window import window_prefill
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,6 +84,42 @@ def test_windows_in_a_prompt(
     assert not bool(out[1, heads][:, padded].any()), "padded rows are zero"
 
 
+# Storing a token -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [16, 5])
+def test_a_new_token_is_stored_in_fp8_as_the_reference_stores_it(rank: int) -> None:
+    """Each head's projection gives one of the keys; halves, subnormals and a key of zeros are among them."""
+    torch.manual_seed(rank)
+    keys = torch.randn(60, rank, device=DEVICE) * torch.exp(4 * torch.randn(60, rank, device=DEVICE))
+    keys[0] = 0.0
+    keys[1] = 255.9
+    keys[2] = 1.0625 + 0.125 * torch.arange(rank, device=DEVICE)  # between two of e4m3
+    keys[3] = keys[2] / 2**12
+    keys[3, 0] = -1.9
+    how = selector(rank=rank, index_dtype="fp8")
+    true = stored(keys, torch.float32, how)
+    count, dim = len(keys), 16
+    q, k = torch.zeros(1, count, 1, dim, device=DEVICE), torch.zeros(1, count, 1, dim, device=DEVICE)
+    k[0, :, 0, :rank] = keys
+    eye = torch.eye(rank, dim, device=DEVICE).expand(count, -1, -1).contiguous()
+    far = torch.zeros(2, 1, count, 3, dim, device=DEVICE)
+    near = torch.zeros(2, 1, 0, 4, dim, device=DEVICE)
+    index = torch.zeros(1, count, 3, rank, dtype=torch.uint8, device=DEVICE)
+    scales = torch.zeros(1, count, 3, 1, dtype=torch.uint8, device=DEVICE)
+    each = ints(*range(count))
+    append.append(
+        q, k, k, None, (eye, eye), ints(1), each, each, each, (near[0], near[1]), (far[0], far[1]), index,
+        torch.zeros(1, count, rank, device=DEVICE), 4, scales,
+    )  # fmt: skip
+    found = torch.cat((index, scales), 3)[0]
+    assert torch.equal(loaded(found[:, 1]), loaded(true))
+    assert not bool(found[:, [0, 2]].any()), "no other token's slot is touched"
+    assert torch.equal(far[0, 0, :, 1], k[0, :, 0])
+    off = (loaded(true) - keys).abs()
+    assert bool((off <= keys.abs() / 16 + keys.abs().amax(1, keepdim=True) * 2.0**-17).all()), "half a step at most"
+
+
 # One row ---------------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +142,7 @@ CASES = {
     "one set a layer": Case(selector(scope="layer"), (700, 1301)),
     "blocks": Case(selector(granularity="block"), (640, 641)),
     "blocks, one set": Case(selector(granularity="block", scope="layer", min_keep=300), (1500,), dim=96),
+    "nothing is forced": Case(selector(granularity="block", sinks=0, recent=0, min_keep=0, top_p=0.5), (650, 641)),
     "several programs search": Case(selector(top_p=0.5, min_keep=0), (4500,), dim=128),
     "a large floor": Case(selector(top_p=0.3, min_keep=1000, sinks=0, recent=1), (2100,), dtype=torch.float16),
     "everything": Case(selector(top_p=1.0), (500,)),
@@ -111,6 +150,9 @@ CASES = {
     "flat": Case(selector(top_p=0.4, min_keep=10), (900,), scores="flat"),
     "ties": Case(selector(top_p=0.5), (900,), scores="ties"),
     "short": Case(selector(), (1, 2), dim=256, dtype=torch.float16),
+    "fp8": Case(selector(index_dtype="fp8"), (700, 1301)),
+    "fp8, blocks": Case(selector(index_dtype="fp8", granularity="block", top_p=0.7), (1500,), dtype=torch.float16),
+    "fp8, ties": Case(selector(index_dtype="fp8", top_p=0.5), (900,), scores="ties"),
 }
 HEADS, KV, RETRIEVAL = 8, 2, [1, 5, 6]
 
@@ -124,6 +166,14 @@ def index_keys(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if kind == "one":
         keys *= 0.01
     return keys
+
+
+def in_store(index: Tensor, how: Selector) -> tuple[Tensor, Tensor | None]:
+    """Index keys as the kernels' cache holds them, and the exponents of their scales."""
+    if how.index_dtype == "model":
+        return index, None
+    held = stored(index.float(), index.dtype, how)
+    return held[..., :-1].contiguous(), held[..., -1:].contiguous()
 
 
 @pytest.mark.parametrize("way", ["list", "ranges"])
@@ -147,7 +197,9 @@ def test_a_decode_step(name: str, way: str) -> None:
     values = torch.full((batch, len(RETRIEVAL), items), float("nan"), device=DEVICE)
     stats = torch.full((batch, len(RETRIEVAL), -(-slots // choose.CHUNK), 3), float("nan"), device=DEVICE)
     totals, edges = (torch.full((batch, len(RETRIEVAL), *more), float("nan"), device=DEVICE) for more in ((), (2,)))
-    choose.score(index, queries, lengths, item, values, stats)
+    keys, scales = in_store(index, case.selector)
+    index = loaded(stored(index.float(), dtype, case.selector))
+    choose.score(keys, queries, lengths, item, values, stats, scales)
     if case.selector.top_p < 1 and way == "ranges":
         sums = torch.full(
             (2, batch, len(RETRIEVAL), choose.shares_of(items), 2 * choose.WAYS), float("nan"), device=DEVICE
@@ -195,6 +247,45 @@ def test_a_decode_step(name: str, way: str) -> None:
             assert error(out[b, h, 0], true) < TOLERANCE[dtype], (b, h)
 
 
+@pytest.mark.parametrize("dtype", ["model", "fp8"])
+@pytest.mark.parametrize(
+    ("lengths", "changed"),
+    [
+        ((1501, 640), {"block": 16, "coarse": {"min_context": 700, "one_in": 4}}),  # the second is short
+        ((2300,), {"block": 2, "recent": 1, "sinks": 0, "coarse": {"min_context": 0, "one_in": 3}}),
+        ((300, 257), {"block": 64, "recent": 0, "sinks": 0, "coarse": {"min_context": 0, "one_in": 64}}),
+        ((40, 1), {"block": 64, "coarse": {"min_context": 0, "one_in": 2}}),  # the row's own block alone
+    ],
+)
+def test_candidates_of_a_coarse_level_are_scored_and_nothing_else(
+    lengths: tuple[int, ...], changed: dict[str, Any], dtype: str
+) -> None:
+    torch.manual_seed(len(lengths))
+    how = selector(**{"granularity": "block", "index_dtype": dtype, "rank": 8} | changed)
+    slots = -(-max(lengths) // 1024) * 1024
+    index = torch.randn(len(lengths), 3, slots, 8, device=DEVICE)
+    index[:, :, :, 0] += 2 * torch.randn(len(lengths), 3, slots // how.block, device=DEVICE).repeat_interleave(
+        how.block, 2
+    )
+    queries = torch.randn(len(lengths), 3, 8, device=DEVICE)
+    keys, scales = in_store(index, how)
+    held = stored(index, index.dtype, how)
+    means = torch.full((len(lengths), 3, slots // how.block, 8), float("nan"), device=DEVICE)
+    coarse.means_of_prompt(held, means, how.block, 0, max(lengths) // how.block)
+    values = torch.full((len(lengths), 3, slots // how.block), float("nan"), device=DEVICE)
+    coarse.score(keys, scales, means, queries, ints(*(n - 1 for n in lengths)), how, values)
+    for b, n in enumerate(lengths):
+        pos = torch.arange(n, device=DEVICE)[None]
+        true = extended(None, held[b : b + 1, :, :n], pos, n, how.block, torch.float32)
+        whole = n // how.block
+        torch.testing.assert_close(means[b, :, :whole], true[0], atol=1e-6, rtol=1e-6)
+        chosen = candidates(queries[b][None, :, None], true, pos[:, -1:], pos, how)[0, :, 0]
+        scores = (loaded(held[b, :, :n]) @ queries[b][:, :, None])[..., 0].masked_fill(~chosen, float("-inf"))
+        padded = torch.nn.functional.pad(scores, (0, -n % how.block), value=float("-inf"))
+        expected = padded.unflatten(-1, (-1, how.block)).logsumexp(-1)
+        torch.testing.assert_close(values[b, :, : expected.shape[-1]], expected, atol=1e-4, rtol=1e-5)
+
+
 # Groups of prompt rows that choose blocks --------------------------------------------------------------------------
 
 
@@ -207,6 +298,7 @@ def test_a_decode_step(name: str, way: str) -> None:
         (100, 40, {"query_block": 24, "block": 8, "recent": 0, "sinks": 0, "min_keep": 40, "top_p": 0.2}),
         (100, 33, {"query_block": 16, "block": 16, "vote_every": 4, "top_p": 0.7}),
         (64, 0, {"top_p": 1.0}),
+        (100, 33, {"query_block": 16, "block": 16, "vote_every": 2, "top_p": 0.7, "index_dtype": "fp8"}),
     ],
 )
 def test_groups_choose_the_blocks_that_the_reference_chooses(
@@ -221,11 +313,12 @@ def test_groups_choose_the_blocks_that_the_reference_chooses(
     numbers = group_numbers(q_pos, how, 0)
     groups = groups_of(numbers, 0, rows)
     assert groups is not None
-    scores = queries @ index[:, :, : past + rows].transpose(2, 3)
+    scores = queries @ loaded(stored(index[:, :, : past + rows], index.dtype, how)).transpose(2, 3)
+    keys, scales = in_store(index, how)
     true = choose_blocks(scores, numbers, groups, q_pos, k_pos, how)
     group, count = blocks.group_range(past, rows, 6, how)[0]
     assert count == groups.count
-    found = blocks.choose_lists(queries, index, ints(past, past), group, count, past + rows, how, 0)
+    found = blocks.choose_lists(queries, keys, ints(past, past), group, count, past + rows, how, 0, scales)
     for b in range(2):
         for line in range(true.shape[1]):
             for place in range(count):

@@ -165,6 +165,11 @@ def test_what_graphs_cannot_mean_is_refused(small_llama: Callable[..., Any]) -> 
         check_exportable(plan.edit(window={"size": 4, "sinks": 1, "compensate": True}))
     with pytest.raises(PlanError, match="prefill cannot be exported"):
         check_exportable(plan.edit(selector={**SELECTOR, "prefill": "selector"}))
+    with pytest.raises(PlanError, match=r"index_dtype cannot be exported yet: compile with rtpurbo.index_dtype=model"):
+        check_exportable(plan.edit(selector={**SELECTOR, "index_dtype": "fp8"}))
+    levels = {"granularity": "block", "coarse": {"min_context": 0}}
+    with pytest.raises(PlanError, match=r"coarse cannot be exported yet: compile with rtpurbo.coarse_from=null"):
+        check_exportable(plan.edit(selector={**SELECTOR, **levels}))
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(PlanError, match="dynamic rotary embeddings"):
         check_exportable(plan, model.config)

@@ -23,7 +23,8 @@ from sparsec.errors import PlanError, UsageError
 from sparsec.events import Event
 from sparsec.layout import TENSORS
 from sparsec.passes.base import Cost, Pass, PassResult, Program, lacks
-from sparsec.plan import ModelShape, Plan
+from sparsec.passes.rtpurbo import Rtpurbo
+from sparsec.plan import Coarse, ModelShape, Plan, Window
 from sparsec.plugins.families import attention_modules, base_plan
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import applied, check, tensor_names
@@ -457,3 +458,17 @@ def test_a_name_that_is_taken_is_refused(distribution: Callable[..., None]) -> N
     distribution(THIRD_PARTY, rtpurbo="thirdparty_pass:Window")
     with pytest.raises(UsageError, match="are both named 'rtpurbo': uninstall one"):
         make_passes({"rtpurbo": {}})
+
+
+def test_rtpurbo_writes_how_index_keys_are_held_and_read() -> None:
+    shape = ModelShape(model_type="llama", layers=2, heads=4, kv_heads=2, head_dim=16)
+    dense, heads, window = Plan.dense(shape, "test"), {0: (1,), 1: (0, 2)}, Window(size=64, sinks=4)
+    plain = Rtpurbo()._split(dense, heads, window, None).selector
+    assert plain is not None
+    assert (plain.index_dtype, plain.coarse) == ("model", None)
+    asked = Rtpurbo(index_dtype="fp8", select="block", coarse_from=1000, coarse_one_in=8)
+    found = asked._split(dense, heads, window, None).selector
+    assert found is not None
+    assert (found.index_dtype, found.coarse) == ("fp8", Coarse(min_context=1000, one_in=8))
+    with pytest.raises(UsageError, match="coarse_from needs select=block"):
+        make_passes({"rtpurbo": {"coarse_from": 1000}})

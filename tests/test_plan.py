@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsec.errors import ArtifactError, PlanError
 from sparsec.layout import PLAN_KEY, read_plan
-from sparsec.plan import ModelShape, Plan
+from sparsec.plan import Coarse, ModelShape, Plan
 from sparsec.plugins.runtime import check, tensor_names
 
 SHAPE = {"model_type": "llama", "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 8}
@@ -52,6 +52,33 @@ def data(**changes: Any) -> dict[str, Any]:
 def layers(**changes: Any) -> list[Any]:
     """The layers of ``data`` with some replaced, named l0 to l3."""
     return [changes.get(f"l{i}", layer) for i, layer in enumerate(data()["layers"])]
+
+
+def test_what_came_later_is_written_only_where_it_says_something() -> None:
+    plan = Plan.parse(data())
+    assert plan.to_json()["selector"].keys() & {"vote_every", "index_dtype", "coarse"} == set()
+    levels = {"granularity": "block", "coarse": {"min_context": 100, "one_in": 8}}
+    for more in ({"index_dtype": "fp8"}, levels):
+        other = Plan.parse(data(selector={**SELECTOR, **more}))
+        assert Plan.parse(other.to_json()) == other
+        assert other.digest != plan.digest
+
+
+@pytest.mark.parametrize("wrong", [{"granularity": "token"}, {"granularity": "block", "top_p": 1.0}])
+def test_a_coarse_level_needs_blocks_to_choose(wrong: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="a coarse level needs"):
+        Plan.parse(data(selector={**SELECTOR, **wrong, "coarse": {"min_context": 100}}))
+
+
+def test_bytes_of_index_keys() -> None:
+    selector = Plan.parse(data(selector={**SELECTOR, "granularity": "block"})).selector
+    assert selector is not None
+    fp8 = selector.model_copy(update={"index_dtype": "fp8"})
+    assert (selector.index_bytes(1000, 2), fp8.index_bytes(1000, 2)) == (1000 * 4 * 2, 1000 * 5)
+    levels = fp8.model_copy(update={"coarse": Coarse(min_context=640, one_in=4)})
+    assert levels.index_bytes(1000, 2) == 1000 * 5 + 15 * 4 * 2
+    assert levels.index_read(640, 2) == 640 * 5
+    assert levels.index_read(1000, 2) == 250 * 5 + 15 * 4 * 2
 
 
 def test_json_gives_an_equal_plan_back() -> None:

@@ -48,6 +48,19 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Of --shape and --prefill selector: of so many prompt rows one chooses blocks.",
 )
+@click.option(
+    "--index-dtype",
+    default="model",
+    show_default=True,
+    type=click.Choice(["model", "fp8"]),
+    help="Of --shape: projected keys in the cache.",
+)
+@click.option(
+    "--coarse-from",
+    default=None,
+    type=click.IntRange(min=0),
+    help="Of --shape: contexts from which on tokens are scored in one block of four alone.  [default: never]",
+)
 @click.option("--no-dense", is_flag=True, help="Leave the dense model out.")
 @click.option("--contexts", default="2048,4096,8192", show_default=True, help="Prompt lengths in tokens.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Sequences at once.")
@@ -67,6 +80,8 @@ def bench_command(
     prefill: str,
     granularity: str,
     vote_every: int,
+    index_dtype: str,
+    coarse_from: int | None,
     no_dense: bool,
     contexts: str,
     batch: int,
@@ -101,6 +116,8 @@ def bench_command(
                 "prefill": prefill,
                 "granularity": granularity,
                 "vote_every": vote_every,
+                "index_dtype": index_dtype,
+                "coarse_from": coarse_from,
             }
             subject = of_shape(shape, max(lengths), **made, **where)
         result = bench(subject, lengths, batch=batch, tokens=tokens, kernels=kernels, dense=not no_dense, listen=listen)

@@ -51,6 +51,8 @@ WAYS = {
     "dsa": "the model's own indexers run in PyTorch only",
     "compensate": "compile with compensation=false of razor or window",
     "prefill": "compile with rtpurbo.prefill=dense",
+    "coarse": "compile with rtpurbo.coarse_from=null",
+    "index_dtype": "compile with rtpurbo.index_dtype=model",
 }
 ROPES = ("default", "linear", "llama3", "yarn")  # the others choose their frequencies by length
 

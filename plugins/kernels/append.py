@@ -3,12 +3,15 @@
 One launch writes the ring of local KV heads, the store of full KV heads and the index keys, and leaves the projected
 queries of the layer's retrieval heads. Where the selector reads q and k before RoPE, the rotation is undone here.
 """
+# ruff: noqa: SIM102  (a condition on a constant and one on a run-time value cannot be one condition in Triton)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sparsec.plugins.kernels.coarse import mean_of_block
 
 
 @triton.jit
@@ -34,13 +37,29 @@ def _project(x, weight, cos, sin, d, wide, r, DIM: tl.constexpr, RANK: tl.conste
 
 
 @triton.jit
+def _eight_bits(key):
+    """A key's e4m3 numbers as bytes, and the exponent of its scale: what sparsec.plugins.index_keys.stored gives.
+
+    Rounded in float32 and integers, to the nearest and to the even one: the GPUs' own conversion does no other.
+    """
+    exponent = tl.maximum((tl.max(tl.abs(key), 0).to(tl.int32, bitcast=True) >> 23) - 7, 1)
+    x = tl.abs(key) * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20  # three bits of the fraction remain
+    small = ((x + 24576.0) - 24576.0) * 512.0  # below 2^-6 numbers are multiples of 2^-9
+    code = tl.where(x < 0.015625, small.to(tl.int32), bits - (120 << 3))
+    return tl.where(key < 0.0, code + 128, code), exponent
+
+
+@triton.jit
 def _append(
     q, k, v, cos, sin, q_proj, k_proj, lengths, kv_place, retrieval, retrieval_kv,
     q_batch, q_head, k_batch, k_head, v_batch, v_head, rope_batch, kv_heads, scored,
     ring, near_batch, near_head, near_row, far_batch, far_head, far_row, index_batch, index_head, index_row,
-    near_k, near_v, far_k, far_v, index, queries,
+    scale_batch, scale_head, means, mean_batch, mean_head, mean_row,
+    near_k, near_v, far_k, far_v, index, scales, queries,
     SINKS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    ROTARY: tl.constexpr,
+    ROTARY: tl.constexpr, FP8: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, or behind them retrieval head; sequence)."""
     task, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -69,7 +88,16 @@ def _append(
         tl.store(queries + (b * scored + h) * RANK + r, query, mask=r < RANK)
         key = _project(k + b * k_batch + kv * k_head, k_proj + h * RANK * DIM, c, s, d, wide, r, DIM, RANK, ROTARY)
         to = index + b * index_batch + h * index_head + n * index_row
+        if FP8:
+            key, exponent = _eight_bits(key)
+            tl.store(scales + b * scale_batch + h * scale_head + n, exponent.to(tl.uint8))
         tl.store(to + r, key.to(index.dtype.element_ty), mask=r < RANK)
+        if COARSE > 0:
+            if n % COARSE == COARSE - 1:
+                tl.debug_barrier()  # the key is written and read by different threads of this program
+                own, own_scales = index + b * index_batch + h * index_head, scales + b * scale_batch + h * scale_head
+                own_means = means + b * mean_batch + h * mean_head
+                mean_of_block(own, own_scales, own_means, index_row, mean_row, n, r, RANK, COARSE, FP8)
 
 
 def append(
@@ -87,6 +115,9 @@ def append(
     index: Tensor,
     queries: Tensor,
     sinks: int,
+    scales: Tensor | None = None,
+    means: Tensor | None = None,
+    block: int = 0,
 ) -> None:
     """Store the new token of every sequence.
 
@@ -99,18 +130,23 @@ def append(
         retrieval, retrieval_kv: int32 [retrieval heads], query heads and the KV heads they read.
         near, far: keys and values of local KV heads, [batch, local, sinks + ring, head_dim], and of full ones,
             [batch, full, slots, head_dim].
-        index: [batch, retrieval heads, slots, rank]; queries: float32 [batch, retrieval heads, rank].
+        index, scales: [batch, retrieval heads, slots, rank] and, in fp8, [batch, retrieval heads, slots, 1], as in
+            :func:`sparsec.plugins.kernels.choose.score`.
+        queries: float32 [batch, retrieval heads, rank].
+        means: of a coarse level, [batch, retrieval heads, blocks, rank]; ``block``: tokens a block.
     """
     batch, _, _, dim = q.shape
     wq, wk = projections if projections is not None else (queries, queries)
     cos, sin = rope if rope is not None else (queries, queries)
     scored, rank = index.shape[1], index.shape[3]
+    of, coarse = scales if scales is not None else index, means if means is not None else index
     tasks = k.shape[1] + (scored if projections is not None else 0)
     _append[tasks, batch](
         q, k, v, cos, sin, wq, wk, lengths, kv_place, retrieval, retrieval_kv,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0) if cos.shape[0] > 1 else 0, k.shape[1],
         scored, near[0].shape[2] - sinks, *near[0].stride()[:3], *far[0].stride()[:3], *index.stride()[:3],
-        *near, *far, index, queries,
+        *of.stride()[:2], coarse, *coarse.stride()[:3], *near, *far, index, of, queries,
         SINKS=sinks, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), RANK=rank, BLOCK_R=triton.next_power_of_2(rank),
-        ROTARY=cos.shape[-1] if rope is not None else 0, num_warps=4,
+        ROTARY=cos.shape[-1] if rope is not None else 0, FP8=scales is not None,
+        COARSE=block if means is not None else 0, num_warps=4,
     )  # fmt: skip

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from sparsec.plan import Window
 from sparsec.plugins.attention import LayerRuntime, Step, as_selector_sees
+from sparsec.plugins.index_keys import stored
 from sparsec.plugins.kernels import append, blocks, choose, decode, lists
+from sparsec.plugins.kernels import coarse as levels
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
 from sparsec.plugins.kernels.window import window_prefill
 
@@ -102,7 +104,8 @@ def _chosen_blocks(
         blocks.group_range(start, stop - start, len(q) * len(rt.layer.retrieval), selector)
     ):
         if queries is not None:
-            source.append(blocks.choose_lists(queries, cache.index, first, group, count, stop, selector, least))
+            chosen = (queries, cache.index, first, group, count, stop, selector, least, cache.scales)
+            source.append(blocks.choose_lists(*chosen))
         blocks.block_prefill(
             q, *cache.far, out, tables.retrieval, tables.retrieval_places, tables.list_of, first, source[place],
             selector, least, scale,
@@ -120,7 +123,7 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
     indexed = rt.layer.index != "none" and selector is not None
     item = selector.block if selector is not None and selector.granularity == "block" else 1
     items = -(-cache.slots // item)
-    listed = lists.fits(items)
+    listed = lists.fits(items) or (selector is not None and selector.coarse is not None)
     size = _range(items, item)
     if not indexed:
         ranges = -(-cache.slots // 1024)
@@ -135,7 +138,7 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
     projections = (rt.indexer.q_proj.weight, rt.indexer.k_proj.weight) if rt.indexer is not None else None
     append.append(
         q, k, v, rope, projections, cache.lengths, tables.kv_place, tables.retrieval, tables.retrieval_kv,
-        cache.near, cache.far, cache.index, queries, cache.sinks,
+        cache.near, cache.far, cache.index, queries, cache.sinks, cache.scales, cache.means, item,
     )  # fmt: skip
     where = (q, cache.near, cache.far, cache.lengths)
     with _ahead(q.device) as others:
@@ -217,8 +220,12 @@ def _scored(rt: LayerRuntime, cache: KernelLayer, queries: Tensor, item: int, it
     batch, scored = cache.index.shape[:2]
     values = queries.new_empty(batch, scored, items)
     stats = queries.new_empty(batch, scored, -(-cache.slots // choose.CHUNK), 3)
-    if rt.plan.selector.top_p < 1:  # else all is kept, whatever it scores
-        choose.score(cache.index, queries, cache.lengths, item, values, stats)
+    coarse = rt.plan.selector.coarse
+    if coarse is not None and cache.slots > coarse.min_context:
+        assert cache.means is not None
+        levels.score(cache.index, cache.scales, cache.means, queries, cache.lengths, rt.plan.selector, values)
+    elif rt.plan.selector.top_p < 1:  # else all is kept, whatever it scores
+        choose.score(cache.index, queries, cache.lengths, item, values, stats, cache.scales)
     return values, stats
 
 
@@ -273,7 +280,8 @@ def _range(items: int, item: int) -> int:
 def _index_keys(rt: LayerRuntime, k: Tensor) -> Tensor | None:
     if rt.indexer is None or rt.plan.selector is None:
         return None
-    return rt.indexer.keys(as_selector_sees(rt, k)[:, _tables(rt, k).retrieval_kv_heads]).to(k.dtype)
+    keys = rt.indexer.keys(as_selector_sees(rt, k)[:, _tables(rt, k).retrieval_kv_heads])
+    return stored(keys, k.dtype, rt.plan.selector)
 
 
 def _rank(rt: LayerRuntime) -> int:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsec.plan import Selector
-from sparsec.plugins.kernels.choose import PASSES, WAYS, _above, _narrowed
+from sparsec.plugins.kernels.choose import PASSES, WAYS, _above, _narrowed, scale_of
 from sparsec.plugins.kernels.flash import fold
 from sparsec.plugins.selector import TIE
 
@@ -37,17 +37,17 @@ def _span(group, first, rows, MIN_CONTEXT: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _block_scores(
-    queries, index, first, group0, groups, rows, scored, blocks, index_batch, index_head, index_row,
-    scores,
+    queries, index, scales, first, group0, groups, rows, scored, blocks, index_batch, index_head, index_row,
+    scale_batch, scale_head, scores,
     MIN_CONTEXT: tl.constexpr, ROWS: tl.constexpr, EVERY: tl.constexpr, VOTES: tl.constexpr, BLOCK_M: tl.constexpr,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, ITEM: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Program (WIDE keys, pack of groups, sequence x scored head): log-sums of blocks for every row that votes.
 
     A pack is so many groups that their VOTES voters each fill BLOCK_M rows. ``scores``: [.., packs, blocks, BLOCK_M].
-    EXACT: index keys are float32; else queries are split into three parts of the keys' type, whose products are as
-    exact as float32's and cheaper.
+    EXACT: index keys are float32; else queries are split into three parts of the keys' type, or of float16, which holds
+    every e4m3 number: their products are as exact as float32's and cheaper.
     """
     chunk, pack = tl.program_id(0), tl.program_id(1)
     b, h = tl.program_id(2) // scored, tl.program_id(2) % scored
@@ -66,22 +66,27 @@ def _block_scores(
         line = (b * scored + h).to(tl.int64)
         q_at = queries + (line * rows + (t - begin)[:, None]) * RANK + r[None, :]
         q = tl.load(q_at, mask=votes[:, None] & (r < RANK)[None, :], other=0.0) * 1.4426950408889634
-        kind = index.dtype.element_ty
+        kind = tl.float16 if FP8 else index.dtype.element_ty
         high = q.to(kind)
         middle = (q - high.to(tl.float32)).to(kind)
         low = (q - high.to(tl.float32) - middle.to(tl.float32)).to(kind)
         k_at = index + b.to(tl.int64) * index_batch + h.to(tl.int64) * index_head + r[:, None]
+        scale_at = scales + b.to(tl.int64) * scale_batch + h.to(tl.int64) * scale_head
         to = scores + (line * tl.num_programs(1) + pack) * blocks * BLOCK_M + m
         for n0 in tl.range(start, stop, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             k_mask = (n <= last)[None, :] & (r < RANK)[:, None]
-            k = tl.load(k_at + n[None, :].to(tl.int64) * index_row, mask=k_mask, other=0.0)
+            k = tl.load(k_at + n[None, :].to(tl.int64) * index_row, mask=k_mask, other=0)
+            if FP8:
+                k = k.to(tl.float8e4nv, bitcast=True).to(kind)
             if EXACT:
                 s = tl.dot(q, k, input_precision="tf32x3")
             else:
                 s = tl.dot(low, k)
                 s = tl.dot(middle, k, s)
                 s = tl.dot(high, k, s)
+            if FP8:
+                s = s * scale_of(tl.load(scale_at + n, mask=n <= last, other=0))[None, :]
             if n0 + BLOCK_N - 1 > sure:
                 s = tl.where(n[None, :] <= t[:, None], s, EMPTY)
             if BLOCK_N == ITEM:
@@ -264,13 +269,14 @@ def _votes(selector: Selector) -> int:
 
 def choose_lists(
     queries: Tensor, index: Tensor, first: Tensor, group: int, groups: int, tokens: int, selector: Selector,
-    min_context: int,
+    min_context: int, scales: Tensor | None = None,
 ) -> Lists:  # fmt: skip
     """What some groups keep.
 
     Args:
         queries: float32 [batch, scored heads, rows, rank], Wq q of the call's rows.
-        index: [batch, scored heads, slots, rank], Wk k by token number.
+        index, scales: [batch, scored heads, slots, rank] and, in fp8, [batch, scored heads, slots, 1], as in
+            :func:`sparsec.plugins.kernels.choose.score`.
         first: int32 [batch], the token number of row 0, negative where rows are padding.
         group, groups: which; tokens: the longest sequence, these rows included.
     """
@@ -286,11 +292,12 @@ def choose_lists(
     forced = {"SINKS": selector.sinks, "RECENT": max(1, selector.recent), "MIN_KEEP": -(-selector.min_keep // item)}
     if selector.top_p < 1:
         scores = queries.new_empty(batch, scored, packs, blocks, size)
-        keys = max(16, item)
+        keys, of = max(16, item), scales if scales is not None else index
         _block_scores[triton.cdiv(blocks * item, max(WIDE, keys)), packs, batch * scored](
-            queries, index, first, group, groups, rows, scored, blocks, *index.stride()[:3], scores,
+            queries, index, of, first, group, groups, rows, scored, blocks, *index.stride()[:3], *of.stride()[:2],
+            scores,
             RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)), BLOCK_N=keys, WIDE=max(WIDE, keys),
-            EXACT=index.element_size() > 2, **shape, **voting, num_warps=4, num_stages=3,
+            EXACT=index.element_size() > 2, FP8=scales is not None, **shape, **voting, num_warps=4, num_stages=3,
         )  # fmt: skip
         _group_edges[groups, batch * scored](
             scores, first, group, rows, scored, blocks, packs, masses, edges,

@@ -2,7 +2,9 @@
 
     full KV heads    every token,        [batch, full KV heads, slots, head_dim]; token n in slot n
     local KV heads   sinks and a ring,   [batch, local KV heads, sinks + ring, head_dim]; see :func:`slot_of`
-    index keys       Wk k of every token [batch, retrieval heads, slots, rank]
+    index keys       Wk k of every token [batch, retrieval heads, slots, rank]; in fp8 the exponents of their scales
+                     apart, [batch, retrieval heads, slots, 1]
+    index means      of a coarse level   [batch, retrieval heads, blocks, rank]
 
 The ring holds the window, or all tokens that are dense up to ``min_context`` if those are more. Padding is not stored:
 each sequence has its own length, ``lengths``, which decode steps read and count on the device. ``length`` counts
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from sparsec.plan import Plan, Window
 from sparsec.plugins.cache import PlanLayer
+from sparsec.plugins.kernels.coarse import means_of_prompt
 from sparsec.plugins.kernels.decode import groups_of
 
 LEAST = 1024  # slots; more are taken in doubles
@@ -37,6 +40,9 @@ class KernelLayer(PlanLayer):
         self.ring = max(self.window.size, plan.min_context - self.sinks)
         self.length = self.slots = 0
         self.lengths: Tensor | None = None  # int32 [batch]
+        self._block = plan.selector.block if plan.selector is not None else 1
+        self.means: Tensor | None = None  # [batch, retrieval heads, blocks, rank], of a coarse level
+        self.scales: Tensor | None = None  # uint8 [batch, retrieval heads, slots, 1]
 
     def prepare(self, k: Tensor, rank: int, more: int) -> None:
         """Room for ``more`` columns like k, [batch, KV heads, rows, head_dim]."""
@@ -49,7 +55,12 @@ class KernelLayer(PlanLayer):
             shape = (batch, len(self.full_kv), 0, dim)
             self.far_keys, self.far_values = k.new_zeros(shape), k.new_zeros(shape)
             scored = len(self.plan.layers[self.number].retrieval) if rank else 0
-            self.index = k.new_zeros(batch, scored, 0, max(1, rank))
+            fp8 = self.plan.selector is not None and self.plan.selector.index_dtype == "fp8"
+            dtype = torch.uint8 if fp8 else k.dtype
+            self.index = k.new_zeros(batch, scored, 0, max(1, rank), dtype=dtype)
+            self.scales = k.new_zeros(batch, scored, 0, 1, dtype=dtype) if fp8 else None
+            coarse = rank and self.plan.selector is not None and self.plan.selector.coarse is not None
+            self.means = k.new_zeros(batch, scored, 0, rank) if coarse else None
         if needed > self.slots:
             self.reserve(max(LEAST, 2 * self.slots, needed) if self.length else max(LEAST, needed + LEAST))
 
@@ -63,6 +74,10 @@ class KernelLayer(PlanLayer):
         self.far_keys = _grown(self.far_keys, keep, self.slots + 1)
         self.far_values = _grown(self.far_values, keep, self.slots + 1)
         self.index = _grown(self.index, keep, self.slots + 1)
+        if self.scales is not None:
+            self.scales = _grown(self.scales, keep, self.slots + 1)
+        if self.means is not None:
+            self.means = _grown(self.means, keep // self._block, self.slots // self._block)
 
     def slot_of(self, token: Tensor) -> Tensor:
         """Where local KV heads hold a token."""
@@ -84,7 +99,8 @@ class KernelLayer(PlanLayer):
         """New tokens of a prompt.
 
         Args:
-            k, v: [batch, KV heads, rows, head_dim]; index: [batch, retrieval heads, rows, rank] or None.
+            k, v: [batch, KV heads, rows, head_dim]; index: [batch, retrieval heads, rows, ...] or None, as
+                :func:`sparsec.plugins.index_keys.stored` gives them.
             number: int [batch, rows], token numbers, -1 where a row is padding.
             padded: some row is.
         """
@@ -96,7 +112,11 @@ class KernelLayer(PlanLayer):
             for place, kv in enumerate(self.full_kv)
         ]
         if index is not None:
-            stores += list(zip(self.index.unbind(1), index.unbind(1), strict=True))
+            stores += [
+                pair
+                for store, part in self._index_parts(index)
+                for pair in zip(store.unbind(1), part.unbind(1), strict=True)
+            ]
         slot = torch.where(number >= 0, number, self.slots)
         for store, new in stores:  # [batch, slots, …] and [batch, rows, …]
             if not padded:
@@ -112,8 +132,28 @@ class KernelLayer(PlanLayer):
                 sinks = max(0, min(self.sinks - self.length, begin))
             k, v = (torch.cat((x[:, local, :sinks], x[:, local, begin:]), 2) for x in (k, v))
             self._store_recent(k, v, torch.cat((number[:, :sinks], number[:, begin:]), 1), after, padded)
+        if index is not None and self.means is not None:  # padded sequences differ, so all their blocks are looked at
+            start, stop = 0 if padded else self.length // self._block, (self.length + rows) // self._block
+            keys = self.index_of(slice(start * self._block, stop * self._block))
+            means_of_prompt(keys, self.means, self._block, start, stop)
         self.lengths.copy_(after)
         self.length += rows
+
+    def store_index(self, slots: slice, index: Tensor) -> None:
+        """Put index keys, as :func:`sparsec.plugins.index_keys.stored` gives them, into these slots."""
+        for store, part in self._index_parts(index):
+            store[:, :, slots] = part
+
+    def index_of(self, slots: slice) -> Tensor:
+        """What these slots hold, as :func:`sparsec.plugins.index_keys.stored` gave it."""
+        keys = self.index[:, :, slots]
+        return keys if self.scales is None else torch.cat((keys, self.scales[:, :, slots]), 3)
+
+    def _index_parts(self, index: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The stores, and what of each key belongs there."""
+        rank = self.index.shape[3]
+        scales = [(self.scales, index[..., rank:])] if self.scales is not None else []
+        return [(self.index, index[..., :rank]), *scales]
 
     def _store_recent(self, k: Tensor, v: Tensor, number: Tensor, after: Tensor, padded: bool) -> None:
         """Sinks, and the newest ``ring`` tokens: no slot is written twice, so the order of writing does not matter."""
@@ -134,7 +174,8 @@ class KernelLayer(PlanLayer):
         self.lengths = None
 
     def _held(self) -> list[tuple[Any, str]]:
-        names = ("lengths", "near_keys", "near_values", "far_keys", "far_values", "index")
+        names = ["lengths", "near_keys", "near_values", "far_keys", "far_values", "index"]
+        names += [name for name in ("scales", "means") if getattr(self, name) is not None]
         return [(self, name) for name in names] if self.lengths is not None else []
 
     @property

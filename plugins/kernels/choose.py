@@ -23,10 +23,39 @@ HELD, SHARES = 2048, 64  # items a search program, until so many programs divide
 
 
 @triton.jit
+def scale_of(exponent):
+    """2^(exponent - 127); 0 gives 0."""
+    return (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scored(k_at, scale_at, row, token, valid, query, r, RANK: tl.constexpr, FP8: tl.constexpr):
+    """Scores of tokens against one projected query, float32; -inf where they are not valid."""
+    at = token.to(tl.int64)
+    k = tl.load(k_at + at[:, None] * row + r[None, :], mask=valid[:, None] & (r < RANK)[None, :], other=0)
+    if FP8:
+        k = k.to(tl.float8e4nv, bitcast=True)
+    value = tl.sum(k.to(tl.float32) * query[None, :], 1)
+    if FP8:  # a power of two: as exact here as on the keys themselves
+        value = value * scale_of(tl.load(scale_at + at, mask=valid, other=0))
+    return tl.where(valid, value, float("-inf"))
+
+
+@triton.jit
+def _log_sum(value, CHUNK: tl.constexpr, ITEM: tl.constexpr):
+    """The log of the summed weights of every ITEM of CHUNK scores."""
+    tokens = tl.reshape(value, [CHUNK // ITEM, ITEM])
+    top = tl.max(tokens, 1)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(tokens - safe[:, None]), 1)
+    return tl.where(top == float("-inf"), top, safe + tl.log(tl.maximum(total, 1e-30)))
+
+
+@triton.jit
 def _score(
-    index, queries, lengths, index_batch, index_head, index_row, scored, items,
+    index, scales, queries, lengths, index_batch, index_head, index_row, scale_batch, scale_head, scored, items,
     values, stats,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, ITEM: tl.constexpr, CHUNK: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, ITEM: tl.constexpr, CHUNK: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk of tokens, scored head, sequence); ``stats``: log-sum, largest and smallest item of the chunk."""
     chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -36,15 +65,10 @@ def _score(
     r = tl.arange(0, BLOCK_R)
     query = tl.load(queries + row * RANK + r, mask=r < RANK, other=0.0)
     k_at = index + b.to(tl.int64) * index_batch + h.to(tl.int64) * index_head
-    k_at = k_at + at[:, None].to(tl.int64) * index_row + r[None, :]
-    k = tl.load(k_at, mask=(at < n)[:, None] & (r < RANK)[None, :], other=0.0)
-    value = tl.where(at < n, tl.sum(k.to(tl.float32) * query[None, :], 1), float("-inf"))
+    scale_at = scales + b.to(tl.int64) * scale_batch + h.to(tl.int64) * scale_head
+    value = _scored(k_at, scale_at, index_row, at, at < n, query, r, RANK, FP8)
     if ITEM > 1:
-        tokens = tl.reshape(value, [CHUNK // ITEM, ITEM])
-        top = tl.max(tokens, 1)
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(tl.exp(tokens - safe[:, None]), 1)
-        value = tl.where(top == float("-inf"), top, safe + tl.log(tl.maximum(total, 1e-30)))
+        value = _log_sum(value, CHUNK, ITEM)
     item = chunk * (CHUNK // ITEM) + tl.arange(0, CHUNK // ITEM)
     tl.store(values + row * items + item, value, mask=item < items)
     top = tl.max(value, 0)
@@ -102,7 +126,7 @@ def _above(
         weight = tl.exp(value - lse)
         mass += tl.where(value[:, None] > edge[None, :], weight[:, None], 0.0)
         if MIN_KEEP > 0:
-            forced = (begin < SINKS) | (begin + ITEM > recent)
+            forced = (begin < SINKS) | (tl.minimum(begin + ITEM, n) > recent)
             far = tl.where(there & (forced == 0) & (weight > 0.0), 1.0, 0.0)
             number += tl.where(value[:, None] > edge_far[None, :], far[:, None], 0.0)
     return tl.sum(mass, 0), tl.sum(number, 0)
@@ -172,20 +196,27 @@ def _search(
         tl.store(edges + row * 2 + 1, low_far)
 
 
-def score(index: Tensor, queries: Tensor, lengths: Tensor, item: int, values: Tensor, stats: Tensor) -> None:
+def score(
+    index: Tensor, queries: Tensor, lengths: Tensor, item: int, values: Tensor, stats: Tensor,
+    scales: Tensor | None = None,
+) -> None:  # fmt: skip
     """Scores of one row.
 
     Args:
-        index: [batch, scored heads, slots, rank], Wk k of every token by token number, bf16, fp16 or fp32.
+        index: [batch, scored heads, slots, rank], Wk k of every token by token number, bf16, fp16 or fp32; or the
+            bytes of e4m3 numbers.
         queries: float32 [batch, scored heads, rank], Wq q.
         lengths: int32 [batch], tokens before the row's own.
         item: tokens an item.
         values: float32 [batch, scored heads, items]; stats: float32 [batch, scored heads, chunks, 3].
+        scales: uint8 [batch, scored heads, slots, 1], biased exponents, where keys are in fp8; None: they are not.
     """
     batch, scored, _, rank = index.shape
+    of = scales if scales is not None else index
     _score[stats.shape[2], scored, batch](
-        index, queries, lengths, *index.stride()[:3], scored, values.shape[2], values, stats,
-        RANK=rank, BLOCK_R=triton.next_power_of_2(rank), ITEM=item, CHUNK=CHUNK, num_warps=WARPS,
+        index, of, queries, lengths, *index.stride()[:3], *of.stride()[:2], scored, values.shape[2], values, stats,
+        RANK=rank, BLOCK_R=triton.next_power_of_2(rank), ITEM=item, CHUNK=CHUNK, FP8=scales is not None,
+        num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def _chosen_decode(
     item = share * RANGE + tl.arange(0, RANGE)
     begin = item * ITEM
     there = begin < n
-    keep = (begin < tl.where(n <= MIN_CONTEXT, n, SINKS)) | (begin + ITEM > n - RECENT)
+    keep = (begin < tl.where(n <= MIN_CONTEXT, n, SINKS)) | (tl.minimum(begin + ITEM, n) > n - RECENT)
     if EVERY:
         keep = there
     else:

@@ -33,7 +33,7 @@ def _kept(value, edge, edge_far, lse, MIN_KEEP: tl.constexpr, SLACK: tl.constexp
 @triton.jit
 def _forced(begin, n, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_CONTEXT: tl.constexpr, ITEM: tl.constexpr):
     """Items that are kept whatever they score."""
-    return (begin < tl.where(n <= MIN_CONTEXT, n, SINKS)) | (begin + ITEM > n - RECENT)
+    return (begin < tl.where(n <= MIN_CONTEXT, n, SINKS)) | (tl.minimum(begin + ITEM, n) > n - RECENT)
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _narrowed_to(
         weight = tl.exp(value - lse)
         if FAR:
             begin = (start + i) * ITEM
-            forced = (begin < SINKS) | (begin + ITEM > n - RECENT)
+            forced = (begin < SINKS) | (tl.minimum(begin + ITEM, n) > n - RECENT)
             weight = tl.where((forced == 0) & (weight > 0.0), 1.0, 0.0)
         s1 += tl.where(value > low + step, weight, 0.0)
         s2 += tl.where(value > low + 2 * step, weight, 0.0)

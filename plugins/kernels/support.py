@@ -32,8 +32,10 @@ def reason_against(plan: Plan, device: torch.device, dtype: torch.dtype) -> str 
             return f"the kernels need a CUDA GPU, the model is on {device.type}"
         import torch
 
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return f"the kernels need compute capability 8.0 or higher, {torch.cuda.get_device_name(device)} has less"
+        fp8 = plan.selector is not None and plan.selector.index_dtype == "fp8"
+        if torch.cuda.get_device_capability(device) < (least := (8, 9) if fp8 else (8, 0)):
+            needed = f"compute capability {least[0]}.{least[1]} or higher{' for index keys in fp8' * fp8}"
+            return f"the kernels need {needed}, {torch.cuda.get_device_name(device)} has less"
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         return f"the kernels take {', '.join(DTYPES)}, the model is {name}"
