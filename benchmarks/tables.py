@@ -12,7 +12,9 @@ kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the f
 gate      gate-demo.json, what benchmarks/release_gate.py wrote: what verify takes, and what it catches
 engines   engines-demo.json, what benchmarks/engines.py wrote: TensorRT-RTX, built with no GPU
 onnx      onnx-demo.json, what benchmarks/onnx_speed.py wrote: ONNX Runtime, the artifact beside the dense model
-merged    merged-demo.json, what benchmarks/merged_tokens.py wrote: quality by how embeddings are predicted
+merged    merged-demo.json, what benchmarks/merged_tokens.py wrote: quality by how embeddings are predicted;
+          merged-minutes.json the same with little training
+long-decode  long-decode-demo.json, what ``sparsec eval`` wrote: greedy text beside the dense model's
 lengths   merged-text.json, what benchmarks/merged_text.py wrote: tokens saved, speed, round trips
 index     output-index.json, what benchmarks/output_index.py wrote: decode over a million merged tokens
 vllm      vllm-merged.json, what benchmarks/vllm_merged.py wrote: an artifact in vLLM beside stock Transformers
@@ -156,7 +158,7 @@ def index_keys(result: Mapping[str, Any]) -> str:
         if row["context"] == max(each["context"] for each in result["rows"])
     ]
     head = ["context", "index keys", "bytes a token and head", "mass found", "5 % of rows below", "tokens kept"]
-    return "\n".join([*_markdown(head, rows, 2), "", _on_rows(result)])
+    return "\n".join([*markdown(head, rows, 2), "", _on_rows(result)])
 
 
 def coarse(result: Mapping[str, Any]) -> str:
@@ -171,7 +173,7 @@ def coarse(result: Mapping[str, Any]) -> str:
         for row in result["rows"]
     ]
     head = ["context", "blocks scored", "mass found", "5 % of rows below", "tokens kept"]
-    return "\n".join([*_markdown(head, rows, 2), "", _on_rows(result)])
+    return "\n".join([*markdown(head, rows, 2), "", _on_rows(result)])
 
 
 def _on_rows(result: Mapping[str, Any]) -> str:
@@ -318,7 +320,9 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "index-keys": ("index-keys-demo", "python benchmarks/index_keys.py out/blocks && make docs", index_keys),
     "coarse": ("coarse-demo", "python benchmarks/coarse.py out/blocks && make docs", coarse),
     "gate": ("gate-demo", "python benchmarks/release_gate.py out/demo && make docs", gate),
+    "long-decode": ("long-decode-demo", "make table", evaluation),
     "merged": ("merged-demo", "python benchmarks/merged_tokens.py", merged),
+    "merged-minutes": ("merged-minutes", "python benchmarks/merged_tokens.py", merged),
     "lengths": (
         "merged-text",
         "python benchmarks/merged_text.py -o benchmarks/results/merged-text.json && make docs",

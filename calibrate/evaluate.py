@@ -213,6 +213,7 @@ class _Row:
                     cell |= self._quality(each, about)
                 if each.starts is not None:
                     cell["decode"] = self._decode(each)
+                    about |= {} if self.system.only_decodes else self._where()
                 cells.append(cell)
         self.model = None
         return cells
@@ -235,13 +236,15 @@ class _Row:
 
     def _part(self, name: str, make: Callable[[], dict[str, Any]], about: dict[str, str], **inputs: Any) -> Any:
         def run() -> Found:
-            model = self._model()
-            where = {"device": device_name(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-            return {"found": make(), "about": where}, {}
+            return {"found": make(), "about": self._where()}, {}
 
         kept = self.keep(run, part=name, system=self.system.identity, **inputs)[0]
         about |= kept["about"]
         return kept["found"]
+
+    def _where(self) -> dict[str, str]:
+        model = self._model()
+        return {"device": device_name(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
     def _model(self) -> Any:
         if self.model is None:

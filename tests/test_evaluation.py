@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +359,13 @@ def test_parts_that_are_done_are_found_again(opened: tuple[Any, Any, Calibration
     other = Suite([256], ["kv"], prompts_each=2, windows_each=1, rows=64)
     evaluate(rows, calibration, other, keep=keep)
     assert ran == ["artifact", "dense", "artifact"]
+
+
+def test_the_long_decode_alone_says_where_it_ran(opened: tuple[Any, Any, Calibration]) -> None:
+    model, _, calibration = opened
+    suite = Suite([256], prompts_each=0, windows_each=0, decode_tokens=64, decode_prompts=1)
+    result = evaluate([System("dense", lambda: nullcontext(model))], calibration, suite)
+    assert (result["device"], result["dtype"]) == ("cpu", "float32")
 
 
 def test_a_length_without_room_for_the_long_decode_is_said(opened: tuple[Any, Any, Calibration]) -> None:

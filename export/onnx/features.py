@@ -52,6 +52,7 @@ WAYS = {
     "compensate": "compile with compensation=false of razor or window",
     "prefill": "compile with rtpurbo.prefill=dense",
     "coarse": "compile with rtpurbo.coarse_from=null",
+    "write": "compile with dynamic-tokenization.write=base",
     "index_dtype": "compile with rtpurbo.index_dtype=model",
 }
 ROPES = ("default", "linear", "llama3", "yarn")  # the others choose their frequencies by length
