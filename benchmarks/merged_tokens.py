@@ -3,7 +3,7 @@
 python benchmarks/merged_tokens.py --text FILE -o FILE.json      10 minutes on an H100
 python benchmarks/merged_tokens.py --text texts/eval/anarchism.txt --device cpu --merges 1500 --length 768 --windows 6 \
     --recalled 6 --asked 0 --imitation-steps 200 --steps 60 --batch 4 --context 256 --train-windows 400 \
-    --held-windows 8 --depth 8 -o benchmarks/results/merged-minutes.json      the pass's own training, 30 minutes on a CPU
+    --held-windows 8 --depth 8 -o benchmarks/results/merged-minutes.json      the tier minutes, 30 on a CPU
 
 Two thirds of the text train, the rest is split for choosing and for measuring; no part is in two. Every system reads
 the same windows: a prompt, merged or not, and decode rows in base tokens behind it, whose bits per byte are compared.
