@@ -212,8 +212,8 @@ class _Row:
                 if not self.system.only_decodes:
                     cell |= self._quality(each, about)
                 if each.starts is not None:
-                    cell["decode"] = self._decode(each)
-                    about |= {} if self.system.only_decodes else self._where()
+                    cell["decode"], where = self._decode(each)
+                    about |= {} if self.system.only_decodes else where
                 cells.append(cell)
         self.model = None
         return cells
@@ -292,8 +292,8 @@ class _Row:
             "depths": [prompt.depth for prompt in batch],
         }
 
-    def _decode(self, asked: _Asked) -> Any:
-        """The long decode; the first system's text is what the others are compared with."""
+    def _decode(self, asked: _Asked) -> tuple[Any, dict[str, str]]:
+        """The long decode, and where it ran; the first system's text is what the others are compared with."""
         assert asked.starts is not None
         starts, reference, batch = asked.starts, asked.reference, self.suite.batch_size
         stage = f"{self.system.name} {asked.length}: long decode"
@@ -311,7 +311,8 @@ class _Row:
             )
             said = texts if reference is None else reference
             steps = followed(model, starts, said, batch_size=batch)
-            return compared(texts, said, steps, starts.shape[1]).to_json(), {"texts": texts.cpu()}
+            result = compared(texts, said, steps, starts.shape[1]).to_json()
+            return {"found": result, "about": self._where()}, {"texts": texts.cpu()}
 
         found, tensors = self.keep(
             run,
@@ -323,7 +324,7 @@ class _Row:
         )
         if asked.reference is None:
             asked.reference = tensors["texts"]
-        return found
+        return found["found"], found["about"]
 
 
 def attention_read(plan: Plan | None, selector: Mapping[str, float], first: int, last: int) -> float:

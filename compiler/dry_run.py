@@ -14,7 +14,7 @@ from safetensors import safe_open
 from sparsec.compiler.checkpoint import load_config
 from sparsec.compiler.registry import check_needs
 from sparsec.compiler.start import Start
-from sparsec.export.artifact import model_files
+from sparsec.export.artifact import INDEX, model_files
 from sparsec.layout import CARD, CONFIG, GOLDEN, MANIFEST, MEASUREMENTS, REPORT, TENSORS
 from sparsec.passes.base import Pass
 from sparsec.plugins.device import device_map
@@ -72,7 +72,7 @@ def expect(
         "files": sorted(
             {file.relative_to(path).as_posix() for file in model_files(path, weights)}
             | {CARD, CONFIG, GOLDEN, MANIFEST, MEASUREMENTS, REPORT}
-            | ({TENSORS} if plan.dsa is None and any("indexers" in each.gives for each in passes) else set())
+            | ({TENSORS, INDEX} if plan.dsa is None and any("indexers" in each.gives for each in passes) else set())
         ),
     }
 
