@@ -8,7 +8,7 @@ decode    append, window, [score, search], listed, combine: six launches, no hos
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -141,12 +141,12 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
         cache.near, cache.far, cache.index, queries, cache.sinks, cache.scales, cache.means, item,
     )  # fmt: skip
     where = (q, cache.near, cache.far, cache.lengths)
-    with _ahead(q.device) as others:
+    with _ahead(q.device) as wait_for_chain:
         if indexed:
             assert selector is not None
             if rt.layer.index == "full":
                 scores = _scored(rt, cache, queries, item, items)
-                others.may_start()  # few programs search; scores need the bandwidth for themselves
+                wait_for_chain()  # windows run beside the search's few programs; scores need the bandwidth
                 found: tuple[Tensor, ...] = (
                     _listed(rt, cache.lengths, scores[0]) if listed else _searched(rt, cache.lengths, *scores)
                 )
@@ -173,38 +173,25 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
             *where, *tables.windowed, len(tables.near[0]), cache.window, plan.min_context, scale, cache.ring, shares,
             partial, lse,
         )  # fmt: skip
-    others.wait()
+    wait_for_chain()
     decode.combine(partial, lse, tables.shares(shares, ranges), out, cache.lengths, step.commit)
     cache.length += int(step.commit)
 
 
-class _Others:
-    """What does not belong to the chain that goes ahead, as the chain sees it; outside of a graph nothing."""
-
-    def __init__(self, main: torch.cuda.Stream | None = None, first: torch.cuda.Stream | None = None) -> None:
-        self.main, self.first = main, first
-
-    def may_start(self) -> None:
-        """They wait for what the chain has launched so far, and for no more."""
-        if self.main is not None and self.first is not None:
-            self.main.wait_event(self.first.record_event())
-
-    wait = may_start  # both are through
-
-
 @contextmanager
-def _ahead(device: torch.device) -> Iterator[_Others]:
-    """What is launched inside goes before what follows, which fills the gaps until ``wait`` is called.
+def _ahead(device: torch.device) -> Iterator[Callable[[], None]]:
+    """What is launched inside is a chain that goes ahead of what is launched behind the block.
 
-    Only a captured graph gains by it: there a second stream costs nothing to launch.
+    Yields a function after which everything else waits for what the chain has launched so far, and for no more. Only a
+    captured graph gains by it: there a second stream costs nothing to launch.
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield _Others()
+        yield lambda: None
         return
     main, first = torch.cuda.current_stream(device), _first_stream(device)
     first.wait_stream(main)
     with torch.cuda.stream(first):
-        yield _Others(main, first)
+        yield lambda: main.wait_event(first.record_event())
 
 
 @functools.cache
