@@ -754,17 +754,7 @@ ON_KERNELS = {
     "query blocks of which some rows vote": PLANS["query blocks of which some rows vote"],
     "index keys in fp8": PLANS["index keys in fp8"],
     "a coarse level": make_plan(granularity="block", coarse={"min_context": 28, "one_in": 3}),
-    "a coarse level, a set a head": make_plan(
-        index=("full", "full", "none", "full"),
-        scope="head",
-        granularity="block",
-        min_keep=9,
-        top_p=0.8,
-        recent=0,
-        sinks=0,
-        index_dtype="fp8",
-        coarse={"min_context": 0, "one_in": 3},
-    ),
+    "a coarse level, a set a head": PLANS["a coarse level, a set a head"],
     "index keys in fp8, blocks": make_plan(
         granularity="block", prefill="selector", query_block=8, index_dtype="fp8", min_keep=6
     ),
