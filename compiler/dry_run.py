@@ -72,7 +72,7 @@ def expect(
         "files": sorted(
             {file.relative_to(path).as_posix() for file in model_files(path, weights)}
             | {CARD, CONFIG, GOLDEN, MANIFEST, MEASUREMENTS, REPORT}
-            | ({TENSORS, INDEX} if plan.dsa is None and any("indexers" in each.gives for each in passes) else set())
+            | ({TENSORS, INDEX} if plan.dsa is None and any(each.adds_tensors() for each in passes) else set())
         ),
     }
 

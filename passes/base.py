@@ -86,6 +86,10 @@ class Pass(Strict):
             PlanError: the plan lacks what the pass needs.
         """
 
+    def adds_tensors(self) -> bool:
+        """Does the plan have tensors beside the model's weights afterwards?"""
+        return "indexers" in self.gives
+
     @abstractmethod
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """Expected cost on a model of this shape; max_positions is the longest context it reads."""

@@ -165,6 +165,10 @@ class DynamicTokenization(Pass):
             tensors |= output
         return PassResult(program.plan.edit(vocabulary=vocabulary), {**program.tensors, **tensors}, measured)
 
+    def adds_tensors(self) -> bool:
+        """What writes merged tokens, or merges by the batch; frozen rows become the model's own embeddings."""
+        return self.write == "merged" or (self.mode == "dynamic" and self.prediction == "hypernetwork")
+
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """A step is a teacher's forward, and a forward and a backward to the embeddings, of a share of the layers."""
         states = STATES[0] * STATES[1]

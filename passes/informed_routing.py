@@ -152,6 +152,10 @@ class InformedRouting(Pass):
         }
         return PassResult(found, tensors, measured)
 
+    def adds_tensors(self) -> bool:
+        """Forecasters and routers."""
+        return True
+
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """The closed forms read their text once or twice; a training step is worth three forwards."""
         length = self.context or min(2048, max_positions)

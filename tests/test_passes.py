@@ -28,6 +28,7 @@ from sparsec.plan import Coarse, ModelShape, Plan, Window
 from sparsec.plugins.families import attention_modules, base_plan
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import applied, check, tensor_names
+from sparsec.plugins.vocabulary import INPUT, NEVER
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -194,6 +195,25 @@ def test_plan_and_tensors_fit_the_model(ran: Ran) -> None:
 def test_the_plan_has_what_the_pass_says_it_gives(ran: Ran) -> None:
     assert lacks(ran.program.plan, ran.each.needs) == []
     assert lacks(ran.result.plan, ran.each.gives) == []
+
+
+def test_the_pass_says_whether_it_adds_tensors(ran: Ran) -> None:
+    """A dry run names the artifact's files by it. Frozen merged tokens become rows of the model's own embeddings."""
+    stored = set(tensor_names(ran.result.plan)) - {INPUT, NEVER}
+    assert bool(stored) == ((ran.each.adds_tensors() and ran.result.plan.dsa is None) or bool(ran.program.tensors))
+
+
+@pytest.mark.parametrize(
+    ("options", "adds"),
+    [
+        ({}, False),
+        ({"write": "merged"}, True),
+        ({"mode": "dynamic"}, True),
+        ({"mode": "dynamic", "prediction": "mean"}, False),
+    ],
+)
+def test_merged_tokens_add_tensors_where_the_runtime_needs_some(options: dict[str, Any], adds: bool) -> None:
+    assert known_passes()["dynamic-tokenization"].model_validate(options).adds_tensors() == adds
 
 
 def test_the_model_is_left_dense(ran: Ran) -> None:
