@@ -33,7 +33,7 @@ from sparsec.plugins import selector as selecting
 from sparsec.plugins.attention import LayerRuntime, Step, layer_runtime
 from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of, kept_keys
 from sparsec.plugins.coarse import candidates
-from sparsec.plugins.index_keys import loaded, stored
+from sparsec.plugins.index_keys import index_bytes, index_read, loaded, stored
 from sparsec.plugins.kernels import attention as kernels
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
 from sparsec.plugins.kernels.coarse import means_of_prompt
@@ -366,8 +366,8 @@ def time_decode(of: Plan, length: int, rate: float) -> dict[str, Any]:
     dense = {name: value / layers for name, value in dense.items()}
     window = 2 * (WINDOW + SINKS) * DIM * 2 * KV
     assert of.selector is not None
-    read = window + len(RETRIEVAL) * (of.selector.index_read(length, 2) + length * rate * 2 * DIM * 2)
-    held = 2 * full * length * DIM * 2 + len(RETRIEVAL) * of.selector.index_bytes(length, 2)
+    read = window + len(RETRIEVAL) * (index_read(of.selector, length, 2) + length * rate * 2 * DIM * 2)
+    held = 2 * full * length * DIM * 2 + len(RETRIEVAL) * index_bytes(of.selector, length, 2)
     return {
         "ours_us": ours / layers * 1e3, "dense_us": {name: value * 1e3 for name, value in dense.items()},
         "speedup": min(dense.values(), default=0.0) * layers / ours, "kept": share, "layers": layers,

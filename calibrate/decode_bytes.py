@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsec.plan import Plan
+from sparsec.plugins.index_keys import index_bytes, index_read
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def read_bytes(plan: Plan, context: float, kept: Mapping[int, float], itemsize: 
     read = sum(len(selecting_kv_heads(plan, i)) for i in plan.indexed())
     return Read(
         context=context,
-        index=full * plan.selector.index_read(context, itemsize),
+        index=full * index_read(plan.selector, context, itemsize),
         kept=sum(kept.values()) * pair,
         dense=read * pair * context,
     )
@@ -116,7 +117,7 @@ def resident_bytes(plan: Plan, tokens: int, itemsize: int) -> dict[str, int]:
         held["dense"] += shape.kv_heads * tokens * pair
         held["full"] += (shape.kv_heads - gone) * tokens * pair
         if layer.index == "full" and plan.selector is not None:
-            held["index"] += int(len(layer.retrieval) * plan.selector.index_bytes(tokens, itemsize))
+            held["index"] += int(len(layer.retrieval) * index_bytes(plan.selector, tokens, itemsize))
         if plan.window is None:
             continue
         most = plan.window.size + plan.window.sinks

@@ -57,3 +57,25 @@ def loaded(index: Tensor) -> Tensor:
         return index.float()
     scale = (index[..., -1:].int() << 23).view(torch.float32)
     return index[..., :-1].view(torch.float8_e4m3fn).float() * scale
+
+
+def index_bytes(selector: Selector, tokens: float, itemsize: int) -> float:
+    """Bytes of a head's keys in the cache, with the means of blocks; ``itemsize``: of a number in the cache's dtype."""
+    keys = _key_bytes(selector, tokens, itemsize)
+    return keys + (_mean_bytes(selector, tokens, itemsize) if selector.coarse is not None else 0)
+
+
+def index_read(selector: Selector, tokens: float, itemsize: int) -> float:
+    """Bytes of them that a decode step reads in a context of so many tokens: forced blocks and ties not counted."""
+    coarse = selector.coarse
+    if coarse is None or tokens <= coarse.min_context:
+        return _key_bytes(selector, tokens, itemsize)
+    return _mean_bytes(selector, tokens, itemsize) + _key_bytes(selector, tokens / coarse.one_in, itemsize)
+
+
+def _key_bytes(selector: Selector, tokens: float, itemsize: int) -> float:
+    return tokens * (selector.rank + 1 if selector.index_dtype == "fp8" else selector.rank * itemsize)
+
+
+def _mean_bytes(selector: Selector, tokens: float, itemsize: int) -> float:
+    return tokens // selector.block * selector.rank * itemsize

@@ -121,22 +121,6 @@ class Selector(Strict):
             raise ValueError("a coarse level needs the selector's granularity to be 'block' and its top_p below 1")
         return self
 
-    def index_bytes(self, tokens: float, itemsize: int) -> float:
-        """Bytes of a head's projected keys in the cache, with the means of blocks; ``itemsize``: of a number there."""
-        keys = tokens * (self.rank + 1 if self.index_dtype == "fp8" else self.rank * itemsize)
-        return keys + (self._mean_bytes(tokens, itemsize) if self.coarse is not None else 0)
-
-    def index_read(self, tokens: float, itemsize: int) -> float:
-        """Bytes of them that a decode step reads in a context of so many tokens: forced blocks and ties not counted."""
-        if self.coarse is None or tokens <= self.coarse.min_context:
-            return self.model_copy(update={"coarse": None}).index_bytes(tokens, itemsize)
-        return self._mean_bytes(tokens, itemsize) + self.model_copy(update={"coarse": None}).index_bytes(
-            tokens / self.coarse.one_in, itemsize
-        )
-
-    def _mean_bytes(self, tokens: float, itemsize: int) -> float:
-        return tokens // self.block * self.rank * itemsize
-
 
 class Hisa(Strict):
     """Blocks are ranked by their mean index key first, tokens only in the best ones (HISA, arXiv 2603.28458)."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from sparsec.errors import ArtifactError, PlanError
 from sparsec.layout import PLAN_KEY, read_plan
 from sparsec.plan import Coarse, ModelShape, Plan
+from sparsec.plugins.index_keys import index_bytes, index_read
 from sparsec.plugins.runtime import check, tensor_names
 
 SHAPE = {"model_type": "llama", "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 8}
@@ -74,11 +75,11 @@ def test_bytes_of_index_keys() -> None:
     selector = Plan.parse(data(selector={**SELECTOR, "granularity": "block"})).selector
     assert selector is not None
     fp8 = selector.model_copy(update={"index_dtype": "fp8"})
-    assert (selector.index_bytes(1000, 2), fp8.index_bytes(1000, 2)) == (1000 * 4 * 2, 1000 * 5)
+    assert (index_bytes(selector, 1000, 2), index_bytes(fp8, 1000, 2)) == (1000 * 4 * 2, 1000 * 5)
     levels = fp8.model_copy(update={"coarse": Coarse(min_context=640, one_in=4)})
-    assert levels.index_bytes(1000, 2) == 1000 * 5 + 15 * 4 * 2
-    assert levels.index_read(640, 2) == 640 * 5
-    assert levels.index_read(1000, 2) == 250 * 5 + 15 * 4 * 2
+    assert index_bytes(levels, 1000, 2) == 1000 * 5 + 15 * 4 * 2
+    assert index_read(levels, 640, 2) == 640 * 5
+    assert index_read(levels, 1000, 2) == 250 * 5 + 15 * 4 * 2
 
 
 def test_json_gives_an_equal_plan_back() -> None:
