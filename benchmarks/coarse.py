@@ -10,32 +10,20 @@ number the least and the largest of the block. Text of the split that selectors 
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from decode_rows import parser, run, shown
 from torch import Tensor
 
-from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.selector_stats import SelectorStats
-from sparsec.calibrate.splits import Calibration
-from sparsec.compiler.explain import artifact_data
-from sparsec.compiler.versions import versions
 from sparsec.plan import Coarse
 from sparsec.plugins import attention, coarse
 from sparsec.plugins.attention import Step
-from sparsec.plugins.device import device_name
 from sparsec.plugins.index_keys import loaded
-from sparsec.plugins.load import load
 from sparsec.plugins.runtime import added_tensors, install, new_cache, rows_as, stepping
-
-RESULT = Path(__file__).resolve().parent / "results" / "coarse-demo.json"
-SHOWN = ("recall_mean", "recall_p5", "far_mean", "kept_mean", "kept_p95")
 
 
 def bounds(means: Any, index: Tensor, pos: Tensor, rows: int, block: int, dtype: torch.dtype) -> Tensor:
@@ -51,7 +39,7 @@ def by_bounds(queries: Tensor, of: Tensor, *rest: Any) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: Any, tokens: Tensor, rows: int, shares: list[int]) -> list[dict[str, Any]]:
+def measure(shares: list[int], model: Any, tokens: Tensor, rows: int) -> list[dict[str, Any]]:
     """A row a way, of one window's last decode rows. tokens: [1, length]."""
     ids, length, plan, tensors = tokens.to(model.device), tokens.shape[1], model.sparsec_plan, added_tensors(model)
     cache, prompt = new_cache(model, "reference"), length - rows
@@ -70,43 +58,18 @@ def measure(model: Any, tokens: Tensor, rows: int, shares: list[int]) -> list[di
             stepping(Step(decode=True, commit=False, observe=stats)),
         ):
             model.get_decoder()(input_ids=ids[:, prompt:], past_key_values=cache, use_cache=True)
-        summary = stats.summary()
-        shown = {key: summary[key] for key in SHOWN}
-        found.append({"context": length, "ranked_by": name or None, "one_in": one_in, "rows": summary["rows"], **shown})
-        print(json.dumps(found[-1]), flush=True)
+        found.append(shown(stats, context=length, ranked_by=name or None, one_in=one_in))
     install(model, plan, tensors)
     return found
 
 
 def main() -> None:
     """Measure each way, write what was found."""
-    parser = argparse.ArgumentParser(description="A coarse level of the selector: mass found and tokens kept.")
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("--contexts", default="4096,8192")
-    parser.add_argument("--shares", default="2,4,8", help="of so many blocks one is scored")
-    parser.add_argument("--rows", type=int, default=128, help="decode rows at the end of each context")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    asked = parser.parse_args()
-    model, tokenizer = load(asked.artifact, device=asked.device, dtype="float32", kernels="reference")
-    made = artifact_data(asked.artifact)["manifest"]
-    calibration = Calibration(read_corpus(made["recipe"]["calibration"]), tokenizer)
-    rows: list[dict[str, Any]] = []
-    for context in map(int, asked.contexts.split(",")):
-        shares = list(map(int, asked.shares.split(",")))
-        rows += measure(model, calibration.windows("search", context, 1), asked.rows, shares)
-    selector = model.sparsec_plan.selector
-    assert selector is not None
-    result = {
-        "command": f"python benchmarks/coarse.py {shlex.join(sys.argv[1:])}".rstrip(),
-        "recipe": made["recipe"],
-        "device": device_name(model.device),
-        "text": calibration.describe()["made_of"],
-        "selector": selector.model_dump(mode="json"),
-        "versions": versions(),
-        "rows": rows,
-    }
-    asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    about = "A coarse level of the selector: mass found and tokens kept."
+    options = parser(about, "coarse-demo.json", contexts="4096,8192", rows=128)
+    options.add_argument("--shares", default="2,4,8", help="of so many blocks one is scored")
+    asked = options.parse_args()
+    run(asked, partial(measure, list(map(int, asked.shares.split(",")))))
 
 
 if __name__ == "__main__":

@@ -10,33 +10,21 @@ other scales are what it might have been. Text of the split that selectors are m
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
+from decode_rows import parser, run, shown
 from torch import Tensor
 
-from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.selector_stats import SelectorStats
-from sparsec.calibrate.splits import Calibration
-from sparsec.compiler.explain import artifact_data
-from sparsec.compiler.versions import versions
 from sparsec.plan import Plan
 from sparsec.plugins.attention import Step
-from sparsec.plugins.device import device_name
 from sparsec.plugins.index_keys import loaded, stored
-from sparsec.plugins.load import load
 from sparsec.plugins.runtime import new_cache, rows_as, stepping
 from sparsec.plugins.selector import Indexer
 
-RESULT = Path(__file__).resolve().parent / "results" / "index-keys-demo.json"
-SHOWN = ("recall_mean", "recall_p5", "far_mean", "kept_mean", "kept_p95")
 Way = Callable[[Tensor], Tensor]  # [batch, heads, tokens, rank] -> what is read of it
 
 
@@ -107,40 +95,14 @@ def measure(model: Any, tokens: Tensor, rows: int) -> list[dict[str, Any]]:
         stats = SelectorStats()
         with rounding(model, cache, exact, way), stepping(Step(decode=True, commit=False, observe=stats)):
             model.get_decoder()(input_ids=ids[:, prompt:], past_key_values=cache, use_cache=True)
-        summary = stats.summary()
-        shown = {key: summary[key] for key in SHOWN}
-        found.append({"context": length, "way": name, "bytes": size, "rows": summary["rows"], **shown})
-        print(json.dumps(found[-1]), flush=True)
+        found.append(shown(stats, context=length, way=name, bytes=size))
     return found
 
 
 def main() -> None:
     """Measure each way, write what was found."""
-    parser = argparse.ArgumentParser(description="Index keys in fewer bits: mass found and tokens kept.")
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("--contexts", default="2048,4096,8192")
-    parser.add_argument("--rows", type=int, default=256, help="decode rows at the end of each context")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    asked = parser.parse_args()
-    model, tokenizer = load(asked.artifact, device=asked.device, dtype="float32", kernels="reference")
-    made = artifact_data(asked.artifact)["manifest"]
-    calibration = Calibration(read_corpus(made["recipe"]["calibration"]), tokenizer)
-    rows: list[dict[str, Any]] = []
-    for context in map(int, asked.contexts.split(",")):
-        rows += measure(model, calibration.windows("search", context, 1), asked.rows)
-    selector = model.sparsec_plan.selector
-    assert selector is not None
-    result = {
-        "command": f"python benchmarks/index_keys.py {shlex.join(sys.argv[1:])}".rstrip(),
-        "recipe": made["recipe"],
-        "device": device_name(model.device),
-        "text": calibration.describe()["made_of"],
-        "selector": selector.model_dump(mode="json"),
-        "versions": versions(),
-        "rows": rows,
-    }
-    asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    about = "Index keys in fewer bits: mass found and tokens kept."
+    run(parser(about, "index-keys-demo.json", contexts="2048,4096,8192", rows=256).parse_args(), measure)
 
 
 if __name__ == "__main__":
