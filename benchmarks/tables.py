@@ -53,7 +53,8 @@ def render(name: str) -> str:
     file = RESULTS / f"{stem}.json"
     if not file.is_file():
         return f"Not measured yet: `{command}` measures it and fills this in."
-    return write(json.loads(file.read_text(encoding="utf-8")))
+    result = json.loads(file.read_text(encoding="utf-8"))
+    return write(result) + (f"\n\n{result['note']}" if "note" in result else "")
 
 
 def evaluation(result: Mapping[str, Any]) -> str:
@@ -140,8 +141,7 @@ def kernels(result: Mapping[str, Any]) -> str:
         f"{top['bandwidth'] / 1e12:.1f} TB/s and multiplied at {top['matrix'] / 1e12:.0f} TFLOP/s."
     )
     made = f"{result['device']}, torch {result['versions']['torch']}: `{result['command']}`."
-    note = f" {result['note']}" if "note" in result else ""
-    return "\n".join([*markdown(head, rows, 2), "", f"{floor} {made}{note}"])
+    return "\n".join([*markdown(head, rows, 2), "", f"{floor} {made}"])
 
 
 def index_keys(result: Mapping[str, Any]) -> str:
