@@ -509,7 +509,7 @@ def test_index_keys_in_fp8_take_a_byte_a_number_and_one_for_the_scale(model: Any
         with applied(on, plan, make_tensors(plan)):
             for kernels in ("reference", "triton"):
                 cache = new_cache(on, kernels)  # type: ignore[arg-type]
-                decode_steps(on, ids[:, :42].to(DEVICE), PROMPT, cache)
+                decode_steps(on, ids[:, :42].to(DEVICE), 41, cache)
                 held[dtype, kernels] = kv_bytes(cache)
     assert held["model", "reference"] - held["fp8", "reference"] == 2 * heads * 42 * (4 * 4 - 5)
     slots = 2048 + 1
