@@ -206,8 +206,8 @@ def routing(result: Mapping[str, Any]) -> str:
     head = ["asked", "system", "removed", "by attention", "by MLPs", "bits per byte", "over seeds", "seeds"]
     last = result["runs"][-1]
     on = f"{last['device']}, torch {last['versions']['torch']}"
-    made = f"{on}, windows of {last['context']:,} tokens: `{last['command']}`."
-    lines = [*markdown(head, rows, 2), "", made]
+    commands = " and ".join(f"`{each}`" for each in dict.fromkeys(row["command"] for row in result["runs"]))
+    lines = [*markdown(head, rows, 2), "", f"{on}, windows of {last['context']:,} tokens: {commands}."]
     for row in result["speed"]:
         where = f"{row['shape']}, {row['dtype']}, {row['batch']} x {row['length']:,} tokens, {row['device']}"
         lines += ["", f"{row['what']}, {where}: {row['speedup']:.2f} times dense ({row['dense']}), `{row['command']}`."]
