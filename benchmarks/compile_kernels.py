@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from sparsec.plan import Coarse, Selector, Window
-from sparsec.plugins.kernels import append, blocks, choose, coarse, decode, lists
+from sparsec.plugins.kernels import append, blocks, choose, coarse, decode, edge, lists
 from sparsec.plugins.kernels.window import window_prefill
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8"}
@@ -94,7 +94,7 @@ def main() -> None:
             one, far, far, ints(1), ints(RETRIEVAL, 16), ints(RETRIEVAL), values, totals, edges, ints(RETRIEVAL),
             selector, 0, scale, ints(1, RETRIEVAL, items // size, size), partial, lse,
         )  # fmt: skip
-        if lists.fits(items):
+        if edge.fits(items):
             for scope, sets in (("head", RETRIEVAL), ("layer", 1)):
                 how = selector.model_copy(update={"scope": scope})
                 lists.kept(values, ints(1), how, 0, totals, edges, ints(1, sets, items), ints(1, sets))

@@ -40,6 +40,7 @@ CHUNK = 16384  # tokens of a prompt a forward: activations of a whole long promp
 WHOLE = 131072  # up to here dense reads a prompt in one forward, which its kernels like best
 REPEATS = 3  # prompts; the first one only warms up
 LONG = 5.0  # seconds from which on a prompt is timed once
+WARM = 65536  # tokens from which on a prompt's beginning warms up in its place: it has all shapes that chunks have
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,7 @@ def _dense(model: Any, prompts: Tensor, tokens: int) -> dict[str, Any]:
         for name, backend in BACKENDS.items():
             try:
                 with sdpa_kernel(backend):
-                    found[name] = _timed(
-                        model, prompts, tokens, lambda: dense_cache(model, room), graphs=True, chunk=WHOLE
-                    )
+                    found[name] = _fitting(model, prompts, tokens, lambda: dense_cache(model, room))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # a backend without a kernel for this shape says so
@@ -204,9 +203,26 @@ def _dense(model: Any, prompts: Tensor, tokens: int) -> dict[str, Any]:
         )
     first = min(found, key=lambda name: found[name]["prefill_s"])
     step = min(found, key=lambda name: found[name]["step_s"])
-    prompt = first if prompts.shape[1] <= WHOLE else "flash"  # chunks behind the first have no other kernel
+    whole = found[first]["prompt_chunk"] >= prompts.shape[1]
+    prompt = first if whole else "flash in chunks"  # those behind the first have no other kernel
     named = {"runs": f"SDPA: prompt {prompt}, steps {step}", "did_not_run": failed}
-    return found[step] | {"prefill_s": found[first]["prefill_s"]} | named
+    timed = found[step] | {"prefill_s": found[first]["prefill_s"]} | named
+    return {name: value for name, value in timed.items() if name != "prompt_chunk"}
+
+
+def _fitting(model: Any, prompts: Tensor, tokens: int, make: Callable[[], Any]) -> dict[str, Any]:
+    """Dense prompts in one forward; in chunks where they are too long for that, or the memory too small."""
+    for chunk in (WHOLE, CHUNK):
+        try:
+            made = _timed(model, prompts, tokens, make, graphs=True, chunk=chunk)
+        except torch.OutOfMemoryError:
+            if chunk == CHUNK or prompts.shape[1] > WHOLE:
+                raise
+        else:
+            return made | {"prompt_chunk": chunk}
+        gc.collect()
+        torch.cuda.empty_cache()
+    raise AssertionError
 
 
 @torch.no_grad()
@@ -215,12 +231,14 @@ def _timed(
 ) -> dict[str, Any]:
     """Seconds from the prompt to the first token and of a later step (medians), and bytes resident after the prompt."""
     prefill: list[float] = []
-    for _ in range(REPEATS):
+    in_chunks = prompts.shape[1] > max(chunk, WARM)
+    _prompt(model, prompts[:, : 2 * CHUNK] if in_chunks else prompts, make(), chunk)
+    for _ in range(REPEATS - 1):
         cache = make()
         with _clock(prompts) as seconds:
             token = _prompt(model, prompts, cache, chunk)
         prefill.append(seconds())
-        if len(prefill) > 1 and prefill[-1] > LONG:
+        if prefill[-1] > LONG:
             break
     resident = _resident(cache)
     steps: list[float] = []
@@ -231,7 +249,7 @@ def _timed(
         steps.append(seconds())
     median = statistics.median(steps)
     return {
-        "prefill_s": statistics.median(prefill[1:]),
+        "prefill_s": statistics.median(prefill),
         "step_s": median,
         "tokens_per_s": len(prompts) / median,
         "kv_bytes": resident,

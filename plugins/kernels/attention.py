@@ -18,12 +18,12 @@ from torch import Tensor
 from sparsec.plan import Window
 from sparsec.plugins.attention import LayerRuntime, Step, as_selector_sees
 from sparsec.plugins.index_keys import stored
-from sparsec.plugins.kernels import append, blocks, choose, decode, lists
+from sparsec.plugins.kernels import append, blocks, choose, decode, edge, lists
 from sparsec.plugins.kernels import coarse as levels
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
 from sparsec.plugins.kernels.window import window_prefill
 
-SHARE = 256  # keys of a window a program, until MOST programs divide it
+SHARE = 512  # keys of a window a program, until MOST programs divide it
 MOST = 64
 ALL = 1 << 30  # a window that never ends
 RANGES = 256  # programs that divide what a retrieval head keeps, about, where it is no list
@@ -123,7 +123,7 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
     indexed = rt.layer.index != "none" and selector is not None
     item = selector.block if selector is not None and selector.granularity == "block" else 1
     items = -(-cache.slots // item)
-    listed = lists.fits(items) or (selector is not None and selector.coarse is not None)
+    listed = edge.fits(items) or (selector is not None and selector.coarse is not None)
     size = _range(items, item)
     if not indexed:
         ranges = -(-cache.slots // 1024)

@@ -1,9 +1,8 @@
 """Decode under a coarse level: mean index keys of blocks, candidates, and the scores of what is in them.
 
 What :mod:`sparsec.plugins.coarse` says. The mean of a block is written with its last token; nothing reads it before.
-One program a head lists the candidates: it searches the edge of the means' scores as
-:mod:`sparsec.plugins.kernels.lists` does that of the tokens'. Items that are no candidates score -inf, so what follows
-is the same as without a coarse level.
+One program a head lists the candidates, down to the edge of the means' scores (:mod:`sparsec.plugins.kernels.edge`).
+Items that are no candidates score -inf, so what follows is the same as without a coarse level.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from torch import Tensor
 from sparsec.plan import Selector
 from sparsec.plugins.index_keys import loaded
 from sparsec.plugins.kernels.choose import CHUNK, _log_sum, _scored, scale_of
+from sparsec.plugins.kernels.edge import edge_of_count, extremes, passes, tiling, written
 from sparsec.plugins.selector import TIE
 
 BLOCKS = 128  # a program that reads means
-WAYS, PASSES = 8, 9  # of the edge: finer than a tie for scores up to 10,000 apart
+WIDEST = 10_000.0  # scores of means this far apart are still told apart as finely as a tie
 AT_ONCE = 1 << 16  # tokens of a prompt whose means are made together
 
 
@@ -63,7 +63,7 @@ def _candidates(
     values, lengths, scored, items,
     lists, counts,
     SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_CONTEXT: tl.constexpr, ONE_IN: tl.constexpr, ITEM: tl.constexpr,
-    TILE: tl.constexpr, WAYS: tl.constexpr, PASSES: tl.constexpr, SLACK: tl.constexpr,
+    K: tl.constexpr, TILE: tl.constexpr, PASSES: tl.constexpr, SLACK: tl.constexpr,
 ):  # fmt: skip
     """Program (scored head, sequence): the blocks whose tokens are scored, ascending; other values become -inf."""
     h, b = tl.program_id(0), tl.program_id(1)
@@ -73,40 +73,23 @@ def _candidates(
     wanted = tl.cdiv(here, ONE_IN).to(tl.float32)
     line = (b * scored + h).to(tl.int64)
     at = values + line * items
-    i = tl.arange(0, TILE)
-    j = tl.arange(0, WAYS)
-    low = tl.min(tl.full([WAYS], float("-inf"), tl.float32), 0)
-    if n > MIN_CONTEXT:
-        tops = tl.full([TILE], float("-inf"), tl.float32)
-        lows = tl.full([TILE], float("inf"), tl.float32)
-        for start in tl.range(0, here, TILE):
-            ranked = _ranked(start + i, n, own, SINKS, RECENT, ITEM)
-            tops = tl.maximum(tops, tl.load(at + start + i, mask=ranked, other=float("-inf")))
-            lows = tl.minimum(lows, tl.load(at + start + i, mask=ranked, other=float("inf")))
-        top, low = tl.max(tops, 0), tl.min(lows, 0)
-        top, low = tl.where(top > float("-inf"), top, 0.0), tl.where(low < float("inf"), low, 0.0)
-        low = low - 1e-3 - 1e-6 * tl.abs(low)  # the least of them lies above the interval's low end
-        step = (top - low) / WAYS
-        for _ in tl.range(0, PASSES):
-            edges = low + step * j
-            number = tl.zeros([WAYS], tl.float32)
-            for start in tl.range(0, here, TILE):
-                ranked = _ranked(start + i, n, own, SINKS, RECENT, ITEM)
-                value = tl.load(at + start + i, mask=ranked, other=float("-inf"))
-                number += tl.sum((value[:, None] > edges[None, :]).to(tl.float32), 0)
-            low += tl.sum(((number >= wanted) & (j > 0)).to(tl.float32), 0) * step
-            step = step / WAYS
-    count = 0
-    for start in tl.range(0, here, TILE):
-        block = start + i
-        ranked = _ranked(block, n, own, SINKS, RECENT, ITEM)
-        value = tl.load(at + block, mask=ranked, other=float("inf"))
-        keep = (block < here) & (value >= low - SLACK)
-        place = count + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(lists + line * items + place, block, mask=keep)
+    t = tl.arange(0, TILE)
+    value = ()
+    for k in tl.static_range(K):
+        ranked = _ranked(k * TILE + t, n, own, SINKS, RECENT, ITEM)
+        value = value + (tl.load(at + k * TILE + t, mask=ranked, other=float("-inf")),)  # noqa: RUF005
+    top, low = extremes(value, K)
+    top, low = tl.where(top > float("-inf"), top, 0.0), tl.where(low < float("inf"), low, 0.0)
+    low = low - 1e-3 - 1e-6 * tl.abs(low)  # the least of them lies above the interval's low end
+    low = edge_of_count(value, low, top, wanted, PASSES, K)
+    keeps = ()
+    for k in tl.static_range(K):
+        block = k * TILE + t
+        keep = (value[k] >= low - SLACK) | (_ranked(block, n, own, SINKS, RECENT, ITEM).to(tl.int32) == 0)
+        keep = keep & (block < here)
         tl.store(at + block, float("-inf"), mask=(block < items) & (keep.to(tl.int32) == 0))
-        count += tl.sum(keep.to(tl.int32), 0)
-    tl.store(counts + line, count)
+        keeps = keeps + (keep,)  # noqa: RUF005
+    tl.store(counts + line, written(lists + line * items, keeps, K, TILE))
 
 
 @triton.jit
@@ -162,15 +145,15 @@ def score(
     counts = torch.empty(batch, scored, dtype=torch.int32, device=values.device)
     wide, of = triton.next_power_of_2(rank), scales if scales is not None else index
     how = {"MIN_CONTEXT": selector.coarse.min_context, "ITEM": item}
-    tile = min(4096, max(128, triton.next_power_of_2(items)))
+    count, tile, warps = tiling(items)
     _score_means[triton.cdiv(items, BLOCKS), scored, batch](
         means, queries, lengths, *means.stride()[:3], scored, items, values,
         RANK=rank, BLOCK_R=wide, TILE=BLOCKS, **how, num_warps=4,
     )  # fmt: skip
     _candidates[scored, batch](
         values, lengths, scored, items, lists, counts,
-        SINKS=selector.sinks, RECENT=selector.recent, ONE_IN=selector.coarse.one_in, TILE=tile, WAYS=WAYS,
-        PASSES=PASSES, SLACK=TIE, **how, num_warps=min(8, max(4, tile // 256)),
+        SINKS=selector.sinks, RECENT=selector.recent, ONE_IN=selector.coarse.one_in, K=count, TILE=tile,
+        PASSES=passes(WIDEST), SLACK=TIE, **how, num_warps=warps,
     )  # fmt: skip
     chunk = max(CHUNK, item)
     programs = triton.cdiv(items * item, chunk * selector.coarse.one_in) + 1  # ties, and short contexts, take turns

@@ -22,7 +22,7 @@ from sparsec.plugins.selector import TIE
 
 GROUP = 16  # query heads a program: what the tensor cores take at least
 KEYS = 64  # keys a tile of a window, or of what ranges keep
-LISTED, STAGES = 32, 4  # keys a tile of a list, which is divided in such steps, and tiles under way
+LISTED, STAGES = 64, 2  # keys a tile of a list, which is divided in such steps, and tiles under way
 
 
 @triton.jit
