@@ -6,6 +6,7 @@ python benchmarks/tables.py --check    exit with 1 if one is stale
 eval      eval-demo.json, what ``sparsec eval -o`` wrote: systems side by side, tasks, positions, long decode
 passes    distill-demo.json, the same of several artifacts: make table
 indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
+patterns  sharing-demo.json, what benchmarks/sharing.py wrote: patterns of the demo model's indexers
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
 cheaper   the same: HISA and MISA
 kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the fastest dense kernel
@@ -36,6 +37,7 @@ sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
 
 from blocks import documents, main  # noqa: E402  a script's folder, not a package
 from merged_tables import large, lengths, markdown, merged, vllm  # noqa: E402
+from sharing_tables import patterns  # noqa: E402
 
 SHOWN = ("PLUGIN_V3", "KV_CACHE_UPDATE", "TOPK")  # kinds of layers that a table names
 RESULTS = ROOT / "benchmarks" / "results"
@@ -314,6 +316,7 @@ def _made(result: Mapping[str, Any]) -> str:
 TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "eval": ("eval-demo", "make bench", evaluation),
     "passes": ("distill-demo", "make table", evaluation),
+    "patterns": ("sharing-demo", "python benchmarks/sharing.py out/every out/split && make docs", patterns),
     "sharing": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", sharing),
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
