@@ -25,17 +25,8 @@ def patterns(result: Mapping[str, Any]) -> str:
 def _systems(rows: Sequence[Row]) -> list[str]:
     """What was judged wholly: on text and needles."""
     cells = [_line(row) for row in rows if "points" in row and row.get("order") != "lazy"]
-    head = [
-        "share",
-        "pattern",
-        "indexers",
-        "bits per byte",
-        "above searched",
-        "needles",
-        "mass found",
-        "of the far",
-        "kept",
-    ]
+    measures = ["bits per byte", "above searched", "needles", "mass found", "far mass found", "tokens kept"]
+    head = ["share", "pattern", "indexers", *measures]
     return markdown(head, cells, 3)
 
 
