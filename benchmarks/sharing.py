@@ -2,7 +2,7 @@
 
     sparsec compile demo --passes rtpurbo --calibration texts/train -o out/split
     sparsec compile demo --passes rtpurbo --set rtpurbo.per_layer=1 --calibration texts/train -o out/every
-    python benchmarks/sharing.py out/every out/split --texts texts/eval/*.txt --device cuda
+    python benchmarks/sharing.py out/every out/split --texts texts/eval/*.txt --device cuda --jobs 8
 
 Writes benchmarks/results/sharing-demo.json. Searched, one-shot, uniform and overlap-ranked patterns against no sharing
 (a set a layer): bits per byte with standard errors over windows, needles, and the true attention mass that sets find.
@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,12 @@ from sparsec.calibrate.tasks import Prompt, prompts
 from sparsec.compiler.explain import artifact_data
 from sparsec.compiler.stages import code_digest, fingerprint
 from sparsec.compiler.versions import versions
+from sparsec.layout import TENSORS
 
 RESULT = Path(__file__).resolve().parent / "results" / "sharing-demo.json"
 QUICK = {
     "length": 1024, "search_rows": 16, "rows": 32, "windows": 1, "prompts": 1, "tasks": "kv", "amounts": "1",
-    "keeps": "0.25", "steps": 3, "fit_windows": 1, "dtype": "float32", "batch_size": 1,
+    "keeps": "0.9", "steps": 3, "fit_windows": 1, "dtype": "float32", "batch_size": 1,
 }  # fmt: skip
 
 
@@ -52,6 +54,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Patterns of sharing at equal keep, on held-out text.")
     parser.add_argument("artifacts", nargs="+", type=Path, help="what rtpurbo alone made")
     parser.add_argument("--texts", nargs="+", default=[], help="held-out text, each split on its own")
+    parser.add_argument("--calibration", help="where the text that they were compiled on is now, if not where it was")
     parser.add_argument("--amounts", default="1,3,9", help="windows of searches; one named twice reads other text")
     parser.add_argument("--keeps", default="0.25,0.5", help="shares of the indexers")
     parser.add_argument("--length", type=int, default=4096, help="tokens of all windows and prompts")
@@ -87,7 +90,7 @@ def setting_of(asked: argparse.Namespace) -> tuple[Setting, dict[str, Any]]:
 
     names = {path: path.resolve().name for path in asked.artifacts}
     recipes = {path: artifact_data(path)["manifest"]["recipe"] for path in asked.artifacts}
-    own = {names[path]: calibration(made["calibration"], made["seed"]) for path, made in recipes.items()}
+    own = {names[path]: calibration(asked.calibration or made["calibration"], made["seed"]) for path, made in recipes.items()}
     held = [*(calibration(spec) for spec in asked.texts), *dict.fromkeys(own.values())]
     windows, asked_of = [], dict[str, list[Prompt]]()
     for each in held:
@@ -110,7 +113,11 @@ def setting_of(asked: argparse.Namespace) -> tuple[Setting, dict[str, Any]]:
         dtype=asked.dtype,
     )
     texts = [
-        {"spec": Path(each.corpus.spec).name, "documents": [text.name for text in each.texts("heldout")]}
+        {
+            "spec": Path(each.corpus.spec).name,
+            "digest": each.digest,
+            "documents": [text.name for text in each.texts("heldout")],
+        }
         for each in held
     ]
     return setting, {"texts": texts, "segments": len(setting.windows), "recipes": list(recipes.values())}
@@ -148,6 +155,7 @@ class Runner:
     setting: Setting
     parts: Path
     same: Mapping[str, Any]  # what all results depend on
+    made: Mapping[str, str]  # by artifact: its tensors' digest
     processes: int
     until: float  # on the monotonic clock; no job begins later
     done: dict[Job, dict[str, Any]] = field(default_factory=dict)
@@ -168,24 +176,36 @@ class Runner:
                         jobs += [new for new in follow(job, self.done[job], amount) if new not in seen]
                         seen.update(jobs)
                     elif time.monotonic() < self.until:
-                        running[pool.submit(run, job)] = job
+                        running[pool.submit(run, job, self._part(job).with_suffix(".search"))] = job
                     else:
                         self.left.append(job)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
-                    self._finish(job, future.result())
+                    if not self._finish(job, future):
+                        continue
                     jobs += [new for new in follow(job, self.done[job], amount) if new not in seen]
                     seen.update(jobs)
 
-    def _finish(self, job: Job, found: dict[str, Any]) -> None:
+    def _finish(self, job: Job, future: Future[dict[str, Any]]) -> bool:
+        """Keep the result; of a job that failed, say why, and let the others go on."""
+        try:
+            found = future.result()
+        except Exception as error:
+            print(f"failed: {job}: {error!r}", flush=True)
+            self.left.append(job)
+            if isinstance(error, BrokenProcessPool):
+                self.until = 0.0
+            return False
         self.done[job] = found
         aside = self._part(job).with_suffix(".aside")
         aside.write_text(json.dumps(found), encoding="utf-8")
         aside.rename(self._part(job))
         print(f"{len(self.done)} done: {job}, {found['seconds']:.0f} s", flush=True)
+        return True
 
     def _part(self, job: Job) -> Path:
-        key = fingerprint(kind=type(job).__name__, job=asdict(job), **self.same)
+        made = self.made[job.artifact]
+        key = fingerprint(kind=type(job).__name__, job=asdict(job), made=made, **self.same)
         return self.parts / f"{key}.json"
 
 
@@ -195,11 +215,11 @@ def main() -> None:
     began = time.monotonic()
     setting, about = setting_of(asked)
     print(f"{about['segments']} held-out windows after {time.monotonic() - began:.0f} s", flush=True)
-    aside = ("artifacts", "jobs", "minutes", "parts", "out", "device", "quick")
+    aside = ("artifacts", "jobs", "minutes", "parts", "out", "quick")
     given = {name: value for name, value in vars(asked).items() if name not in aside}
-    made = [artifact_data(path)["digest"] for path in setting.artifacts.values()]
-    same = {**given, "made": dict(zip(setting.artifacts, made, strict=True)), "code": code_digest()}
-    runner = Runner(setting, asked.parts, same, asked.jobs, began + 60 * asked.minutes)
+    made = {name: artifact_data(path)["manifest"]["files"][TENSORS] for name, path in setting.artifacts.items()}
+    same = {**given, "held": [text["digest"] for text in about["texts"]], "code": code_digest()}
+    runner = Runner(setting, asked.parts, same, made, asked.jobs, began + 60 * asked.minutes)
     amounts = sorted(map(int, asked.amounts.split(",")), reverse=True)
     runner.run(first_jobs(setting, amounts), amounts[0])
     result = {

@@ -22,6 +22,7 @@ def searches_of(done: Done) -> list[dict[str, Any]]:
             continue
         row = {"artifact": job.artifact, "windows": job.windows, "seed": job.seed, "order": job.order}
         row |= {name: found[name] for name in ("layers", "patterns", "seconds", *WORK)}
+        row["rise"] = found["flips"][-1]["loss"] / found["loss_before"] - 1 if found["flips"] else 0.0
         exact = done.get(Search(job.artifact, job.windows, job.seed, "exact"))
         if job.order == "lazy" and exact is not None:
             pairs = {keep: (ways["searched"], exact["patterns"][keep]["searched"]) for keep, ways in _kept(found)}

@@ -89,11 +89,11 @@ def begin(setting: bytes, number: Any) -> None:
         torch.set_num_threads(1)
 
 
-def run(job: Job) -> dict[str, Any]:
-    """One job; JSON data."""
+def run(job: Job, scratch: Path) -> dict[str, Any]:
+    """One job; JSON data. scratch: a folder of this job, where a search that was stopped is gone on with."""
     began = time.monotonic()
     setting: Setting = _here["setting"]
-    found = searched(job, setting) if isinstance(job, Search) else judged(job, setting)
+    found = searched(job, setting, scratch) if isinstance(job, Search) else judged(job, setting)
     where = device_name(torch.device(_here["device"]))
     return {**found, "seconds": round(time.monotonic() - began, 1), "device": where}
 
@@ -113,7 +113,7 @@ def opened(artifact: str, dtype: str) -> tuple[Any, Any, Plan, dict[str, Tensor]
     return model, tokenizer, plan, read_tensors(path / TENSORS)
 
 
-def searched(job: Search, setting: Setting) -> dict[str, Any]:
+def searched(job: Search, setting: Setting, scratch: Path) -> dict[str, Any]:
     """Patterns by share kept and by way, all of one search: a greedy search for fewer indexers goes on from more."""
     model, _, plan, tensors = opened(job.artifact, "float32")
     config = IndexCache.model_validate(
@@ -128,7 +128,9 @@ def searched(job: Search, setting: Setting) -> dict[str, Any]:
             "compare": False,
         }
     )
-    found = config.run(Program(model, plan, tensors, job.seed), setting.calibrations[job.artifact]).measured
+    scratch.mkdir(exist_ok=True)
+    program = Program(model, plan, tensors, job.seed, scratch=scratch)
+    found = config.run(program, setting.calibrations[job.artifact]).measured
     every = plan.indexed()
     unshared = with_pattern(plan, {i: plan.layers[i].index for i in every})
     patterns: dict[str, dict[str, str]] = {}

@@ -64,7 +64,10 @@ def _searches(searches: Sequence[Row]) -> Iterator[str]:
         done, plain = one["layer_evaluations"], one["layer_evaluations_plain"]
         alike = ", ".join(f"{share:.0%} at {float(keep):.0%} kept" for keep, share in one.get("agreement", {}).items())
         said = f"{one['order']}, {one['windows']} windows: {done:,} of {plain:,} layer evaluations ({done / plain:.0%})"
-        yield f"- {said}" + (f"; keeps the exact search's indexers: {alike}" if alike else "")
+        said += (
+            f", {one['layer_tokens'] / one['layer_tokens_plain']:.1%} by tokens; its own text's loss {one['rise']:+.2%}"
+        )
+        yield f"- {said}" + (f"; of all indexers that it or exact keeps, both do: {alike}" if alike else "")
 
 
 def _made(result: Mapping[str, Any]) -> str:

@@ -226,7 +226,7 @@ class Search:
         """What a candidate's states take beside the accepted ones, all windows together: boundaries and index sets."""
         length = len(self.windows[0])
         rows = length if self.plan.selects_in_prefill else length - self.prompt
-        hidden = int(self.model.config.get_text_config().hidden_size) * self.model.dtype.itemsize
+        hidden = int(self.model.config.get_text_config().hidden_size) * int(self.model.dtype.itemsize)
         chosen = length if self.plan.dsa is None else 8 * self.plan.dsa.top_k
         sets = sum(i >= layer and each.index == "full" for i, each in enumerate(self.plan.layers))
         return len(self.windows) * rows * ((self.plan.model.layers - layer) * hidden + sets * chosen)

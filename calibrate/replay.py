@@ -65,7 +65,7 @@ class Replay:
             hook.remove()
         self.positions = step.positions
         assert self.first is not None
-        self.state = self.run(0, State([self.first], {}, torch.empty(0)))
+        self.state: State = self.run(0, State([self.first], {}, torch.empty(0)))
 
     def _note(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.first = args[0] if self.first is None else self.first
