@@ -90,7 +90,9 @@ def setting_of(asked: argparse.Namespace) -> tuple[Setting, dict[str, Any]]:
 
     names = {path: path.resolve().name for path in asked.artifacts}
     recipes = {path: artifact_data(path)["manifest"]["recipe"] for path in asked.artifacts}
-    own = {names[path]: calibration(asked.calibration or made["calibration"], made["seed"]) for path, made in recipes.items()}
+    own = {}
+    for path, made in recipes.items():
+        own[names[path]] = calibration(asked.calibration or made["calibration"], made["seed"])
     held = [*(calibration(spec) for spec in asked.texts), *dict.fromkeys(own.values())]
     windows, asked_of = [], dict[str, list[Prompt]]()
     for each in held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ def searches_of(done: Done) -> list[dict[str, Any]]:
         row = {"artifact": job.artifact, "windows": job.windows, "seed": job.seed, "order": job.order}
         row |= {name: found[name] for name in ("layers", "patterns", "seconds", *WORK)}
         row["rise"] = found["flips"][-1]["loss"] / found["loss_before"] - 1 if found["flips"] else 0.0
-        exact = done.get(Search(job.artifact, job.windows, job.seed, "exact"))
+        exact = done.get(replace(job, order="exact"))
         if job.order == "lazy" and exact is not None:
-            pairs = {keep: (ways["searched"], exact["patterns"][keep]["searched"]) for keep, ways in _kept(found)}
+            pairs = {
+                keep: (ways["searched"], exact["patterns"][keep]["searched"])
+                for keep, ways in found["patterns"].items()
+            }
             row["agreement"] = {keep: kept_alike(*pair) for keep, pair in pairs.items()}
         rows.append(row)
     return rows
@@ -55,26 +59,24 @@ def rows_of(done: Done) -> list[dict[str, Any]]:
 
 
 def _patterns(done: Done, artifact: str, base: Found) -> Iterator[dict[str, Any]]:
+    """Each search's patterns; of a lazy one the searched alone, beside the exact one's."""
     for job, found in done.items():
         if not isinstance(job, Search) or job.artifact != artifact:
             continue
-        for keep, ways in _kept(found):
+        exact = done.get(replace(job, order="exact"), found)
+        for keep, ways in found["patterns"].items():
+            named = ways if job.order == "exact" else {job.order: ways["searched"]}
             for trained in (False, True):
-                searched = _judged(done, artifact, ways["searched"], trained)
-                for way, pattern in ways.items():
+                searched = _judged(done, artifact, exact["patterns"][keep]["searched"], trained)
+                for way, pattern in named.items():
                     each = _judged(done, artifact, pattern, trained)
-                    if each is None or (job.order == "lazy" and way != "searched"):
+                    if each is None:
                         continue
                     row = {"artifact": artifact, "way": way, "keep": float(keep), "trained": trained}
-                    row |= {"windows": job.windows, "seed": job.seed, "order": job.order, "pattern": pattern}
-                    row |= figures(each, base)
+                    row |= {"windows": job.windows, "seed": job.seed, "pattern": pattern, **figures(each, base)}
                     if searched is not None and way != "searched":
                         row |= {f"{name}_above_searched": value for name, value in compared(each, searched, base)}
                     yield row
-
-
-def _kept(found: Found) -> Iterator[tuple[str, Mapping[str, str]]]:
-    yield from found["patterns"].items()
 
 
 def _judged(done: Done, artifact: str, pattern: str, trained: bool) -> Found | None:
@@ -107,7 +109,6 @@ def line_of(row: Mapping[str, Any]) -> str:
     mean, error = row["bits"]
     points = "{:+.1%} ± {:.1%}".format(*row["points"]) if "points" in row else ""
     kind = f"{row['keep']:.0%} {'trained' if row['trained'] else 'as is'} {row['windows']}w" if "keep" in row else ""
-    kind += " lazy" if row.get("order") == "lazy" else ""
     return (
         f"{row['artifact']:8} {row['way']:12} {kind:22} {mean:+.2%} ± {error:.2%}  needles {points:16}"
         f"  mass {row['recall_mean']:.1%}, far {row['far_mean']:.1%} in {row['kept_mean']:.0f}"

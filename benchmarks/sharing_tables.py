@@ -24,7 +24,7 @@ def patterns(result: Mapping[str, Any]) -> str:
 
 def _systems(rows: Sequence[Row]) -> list[str]:
     """What was judged wholly: on text and needles."""
-    cells = [_line(row) for row in rows if "points" in row and row.get("order") != "lazy"]
+    cells = [_line(row) for row in rows if "points" in row]
     measures = ["bits per byte", "above searched", "needles", "mass found", "far mass found", "tokens kept"]
     head = ["share", "pattern", "indexers", *measures]
     return markdown(head, cells, 3)
@@ -48,33 +48,36 @@ def _line(row: Row) -> list[str]:
 
 
 def _amounts(rows: Sequence[Row]) -> list[str]:
-    """The smallest keep, untrained, by how much text the search read."""
+    """The smallest keep, untrained, by how much text the search read: what others lose beside the searched one."""
     least = min((row["keep"] for row in rows if "keep" in row), default=None)
-    chosen = [row for row in rows if row.get("keep") == least and not row["trained"] and row["order"] == "exact"]
-    ways = [way for way in dict.fromkeys(row["way"] for row in chosen) if way != "uniform"]
+    chosen = [row for row in rows if row.get("keep") == least and not row["trained"] and row["way"] != "lazy"]
+    ways = [way for way in dict.fromkeys(row["way"] for row in chosen) if way != "searched"]
     cells = []
     for windows, seed in sorted({(row["windows"], row["seed"]) for row in chosen}):
         found = {row["way"]: row for row in chosen if (row["windows"], row["seed"]) == (windows, seed)}
-        cells.append([str(windows), *(_difference(found[way]["bits"], 2) if way in found else "" for way in ways)])
-    return markdown(["search windows", *(f"{way}, bits per byte" for way in ways)], cells, 1) if cells else []
+        if "searched" in found:
+            above = [_difference(found[way]["bits_above_searched"], 2) if way in found else "" for way in ways]
+            cells.append([str(windows), _difference(found["searched"]["bits"], 2), *above])
+    head = ["search windows", "searched: bits per byte", *(f"{way}: above searched" for way in ways)]
+    return markdown(head, cells, 1) if cells else []
 
 
 def _searches(searches: Sequence[Row]) -> Iterator[str]:
+    """What each cost beside the plain search, and the lazy one's agreement with the exact one."""
     for one in searches:
-        done, plain = one["layer_evaluations"], one["layer_evaluations_plain"]
+        windows, tokens = (one[f"layer_{unit}"] / one[f"layer_{unit}_plain"] for unit in ("evaluations", "tokens"))
+        of = f"{one['layer_evaluations']:,} of {one['layer_evaluations_plain']:,} layer evaluations"
+        said = f"{one['order']}, {one['windows']} windows: {one['candidates']} candidates, {of} ({windows:.0%}"
+        said += f"; {tokens:.1%} by tokens), loss of its own text {one['rise']:+.2%}"
         alike = ", ".join(f"{share:.0%} at {float(keep):.0%} kept" for keep, share in one.get("agreement", {}).items())
-        said = f"{one['order']}, {one['windows']} windows: {done:,} of {plain:,} layer evaluations ({done / plain:.0%})"
-        said += (
-            f", {one['layer_tokens'] / one['layer_tokens_plain']:.1%} by tokens; its own text's loss {one['rise']:+.2%}"
-        )
-        yield f"- {said}" + (f"; of all indexers that it or exact keeps, both do: {alike}" if alike else "")
+        yield f"- {said}" + (f"; of the indexers that it or the exact one keeps, both keep {alike}" if alike else "")
 
 
 def _made(result: Mapping[str, Any]) -> str:
     held = [
         f"`{row['artifact']}` {row['way']} {'trained' if row['trained'] else 'as they were'}"
         for row in result["rows"]
-        if "points" in row and row.get("keep") == 0.25 and row["order"] == "exact" and within(row)
+        if "points" in row and row.get("keep") == 0.25 and within(row)
     ]
     options, names = result["options"], [name for text in result["texts"] for name in text["documents"]]
     asked = options["prompts"] * len(result["texts"])
