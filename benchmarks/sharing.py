@@ -45,7 +45,7 @@ from sparsec.layout import TENSORS
 RESULT = Path(__file__).resolve().parent / "results" / "sharing-demo.json"
 QUICK = {
     "length": 1024, "search_rows": 16, "rows": 32, "windows": 1, "prompts": 1, "tasks": "kv", "amounts": "1",
-    "keeps": "0.9", "steps": 3, "fit_windows": 1, "dtype": "float32", "batch_size": 1,
+    "keeps": "0.9", "steps": 12, "fit_windows": 1, "dtype": "float32", "batch_size": 1,
 }  # fmt: skip
 
 
