@@ -217,7 +217,7 @@ def main() -> None:
     began = time.monotonic()
     setting, about = setting_of(asked)
     print(f"{about['segments']} held-out windows after {time.monotonic() - began:.0f} s", flush=True)
-    aside = ("artifacts", "jobs", "minutes", "parts", "out", "quick")
+    aside = ("artifacts", "texts", "calibration", "jobs", "minutes", "parts", "out", "quick")
     given = {name: value for name, value in vars(asked).items() if name not in aside}
     made = {name: artifact_data(path)["manifest"]["files"][TENSORS] for name, path in setting.artifacts.items()}
     same = {**given, "held": [text["digest"] for text in about["texts"]], "code": code_digest()}

@@ -18,9 +18,7 @@ Done = Mapping[Job, Found]
 def searches_of(done: Done) -> list[dict[str, Any]]:
     """A row a search: what it cost, and of the lazy one how much of the exact pattern it found."""
     rows = []
-    for job, found in done.items():
-        if not isinstance(job, Search):
-            continue
+    for job, found in _searches(done):
         row = {"artifact": job.artifact, "windows": job.windows, "seed": job.seed, "order": job.order}
         row |= {name: found[name] for name in ("layers", "patterns", "seconds", *WORK)}
         row["rise"] = found["flips"][-1]["loss"] / found["loss_before"] - 1 if found["flips"] else 0.0
@@ -35,6 +33,12 @@ def searches_of(done: Done) -> list[dict[str, Any]]:
     return rows
 
 
+def _searches(done: Done) -> list[tuple[Search, Found]]:
+    """Those of most text first, exact before lazy; jobs end in any order."""
+    found = [(job, each) for job, each in done.items() if isinstance(job, Search)]
+    return sorted(found, key=lambda one: (one[0].artifact, -one[0].windows, one[0].seed, one[0].order))
+
+
 def kept_alike(one: str, other: str) -> float:
     """Indexers that both patterns keep, of those that either keeps; the first one, which all keep, left out."""
     sets = [{i for i, letter in enumerate(pattern) if letter == "F" and i} for pattern in (one, other)]
@@ -44,7 +48,7 @@ def kept_alike(one: str, other: str) -> float:
 def rows_of(done: Done) -> list[dict[str, Any]]:
     """A row a pattern and way, with what no sharing gives first."""
     rows = []
-    for artifact in dict.fromkeys(job.artifact for job in done):
+    for artifact in sorted({job.artifact for job in done}):
         every = [job.pattern for job in done if isinstance(job, Judge) and job.artifact == artifact]
         whole = next((pattern for pattern in every if pattern and "S" not in pattern), None)
         base = done.get(Judge(artifact, whole, False, True)) if whole else None
@@ -60,8 +64,8 @@ def rows_of(done: Done) -> list[dict[str, Any]]:
 
 def _patterns(done: Done, artifact: str, base: Found) -> Iterator[dict[str, Any]]:
     """Each search's patterns; of a lazy one the searched alone, beside the exact one's."""
-    for job, found in done.items():
-        if not isinstance(job, Search) or job.artifact != artifact:
+    for job, found in _searches(done):
+        if job.artifact != artifact:
             continue
         exact = done.get(replace(job, order="exact"), found)
         for keep, ways in found["patterns"].items():
