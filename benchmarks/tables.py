@@ -6,8 +6,10 @@ python benchmarks/tables.py --check    exit with 1 if one is stale
 eval      eval-demo.json, what ``sparsec eval -o`` wrote: systems side by side, tasks, positions, long decode
 passes    distill-demo.json, the same of several artifacts: make table
 indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
+patterns  sharing-demo.json, what benchmarks/sharing.py wrote: patterns of the demo model's indexers
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
 cheaper   the same: HISA and MISA
+cheaper-text  dsa-text.json, what benchmarks/text_dsa.py wrote: both on natural text
 kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the fastest dense kernel
 gate      gate-demo.json, what benchmarks/release_gate.py wrote: what verify takes, and what it catches
 engines   engines-demo.json, what benchmarks/engines.py wrote: TensorRT-RTX, built with no GPU
@@ -36,6 +38,7 @@ sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
 
 from blocks import documents, main  # noqa: E402  a script's folder, not a package
 from merged_tables import large, lengths, markdown, merged, vllm  # noqa: E402
+from sharing_tables import patterns  # noqa: E402
 
 SHOWN = ("PLUGIN_V3", "KV_CACHE_UPDATE", "TOPK")  # kinds of layers that a table names
 RESULTS = ROOT / "benchmarks" / "results"
@@ -114,6 +117,21 @@ def cheaper(result: Mapping[str, Any]) -> str:
             rows.append([name, *shares, *_answers(row)])
     head = ["", "IoU", "recovered", "asked values named", "nats"]
     return "\n".join([*markdown(head, rows, 1), "", _made(result)])
+
+
+def cheaper_text(result: Mapping[str, Any]) -> str:
+    """HISA and MISA on natural text, of what benchmarks/text_dsa.py found."""
+    rows = []
+    for name, row in result["systems"].items():
+        shares = [f"{row[figure]:.1%}" if figure in row else "" for figure in ("iou", "recovered", "mass", "mass_flat")]
+        rows.append([name, *shares, f"{row['bits_per_byte']:.4f}"])
+    head = ["", "IoU", "recovered", "attention mass", "of the flat choice", "bits per byte"]
+    note = (
+        f"{result['family']}, {result['layers']} layers, {result['top_k']} of {result['length']:,} bytes chosen, "
+        f"trained for {result['steps']} steps; {result['windows']} held-out windows. {result['device']}, torch "
+        f"{result['versions']['torch']}: `{result['command']}`."
+    )
+    return "\n".join([*markdown(head, rows, 1), "", note])
 
 
 def kernels(result: Mapping[str, Any]) -> str:
@@ -314,8 +332,10 @@ def _made(result: Mapping[str, Any]) -> str:
 TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "eval": ("eval-demo", "make bench", evaluation),
     "passes": ("distill-demo", "make table", evaluation),
+    "patterns": ("sharing-demo", "python benchmarks/sharing.py out/every out/split && make docs", patterns),
     "sharing": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", sharing),
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
+    "cheaper-text": ("dsa-text", "python benchmarks/text_dsa.py && make docs", cheaper_text),
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
     "index-keys": ("index-keys-demo", "python benchmarks/index_keys.py out/blocks && make docs", index_keys),
     "coarse": ("coarse-demo", "python benchmarks/coarse.py out/blocks && make docs", coarse),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,16 +83,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def config(family: str, layers: int) -> Any:
-    """Dense MLPs: experts say nothing about indexers."""
-    return FAMILIES[family](
-        vocab_size=len(WORDS), hidden_size=96, intermediate_size=192, num_hidden_layers=layers,
-        first_k_dense_replace=layers, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=2,
-        num_experts_per_tok=1, n_group=1, topk_group=1, kv_lora_rank=64, q_lora_rank=64, qk_rope_head_dim=16,
-        qk_nope_head_dim=16, v_head_dim=32, index_head_dim=32, index_n_heads=8, index_topk=TOP_K,
-        max_position_embeddings=2 * LENGTH, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.02,
-    )  # fmt: skip
+def config(family: str, layers: int, **changes: Any) -> Any:
+    """Dense MLPs: experts say nothing about indexers. changes: other sizes."""
+    sizes: dict[str, Any] = {
+        "vocab_size": len(WORDS), "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": layers,
+        "first_k_dense_replace": layers, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 2,
+        "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 64, "q_lora_rank": 64,
+        "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32, "index_head_dim": 32, "index_n_heads": 8,
+        "index_topk": TOP_K, "max_position_embeddings": 2 * LENGTH, "pad_token_id": 0, "bos_token_id": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "eos_token_id": 2,
+        "initializer_range": 0.02,
+    }  # fmt: skip
+    return FAMILIES[family](**sizes | changes)
 
 
 @torch.no_grad()
@@ -131,8 +133,22 @@ def seeing_all(model: Any) -> Iterator[None]:
             indexer.__dict__.pop("forward")
 
 
-def train(model: Any, steps: int, lr: float, batch: int, length: int, seed: int, listen: Listener, stage: str) -> None:
-    """Next values that can be known, with the indexers as they are; the first windows are shorter (a curriculum)."""
+def train(
+    model: Any,
+    steps: int,
+    lr: float,
+    batch: int,
+    length: int,
+    seed: int,
+    listen: Listener,
+    stage: str,
+    draw: Callable[[int, int, int], Tensor] = documents,
+    rows_of: Callable[[Tensor], Tensor] = known,
+) -> None:
+    """Next values that can be known, with the indexers as they are; the first windows are shorter (a curriculum).
+
+    draw: (count, length, seed) -> ids [count, length]; rows_of: bool [count, length - 1] of them, rows that count.
+    """
     own = [w for name, w in model.named_parameters() if ".indexer." not in name]
     for weight in own:
         weight.requires_grad_()
@@ -142,8 +158,8 @@ def train(model: Any, steps: int, lr: float, batch: int, length: int, seed: int,
         size = min(length, 128 << (4 * step // max(1, steps)))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / (0.05 * steps)) * (1 - 0.9 * step / steps)
-        tokens = documents(max(1, batch * length // size), size, seed * 1_000_003 + step)
-        rows = known(tokens)
+        tokens = draw(max(1, batch * length // size), size, seed * 1_000_003 + step)
+        rows = rows_of(tokens)
         tokens = tokens.to(model.device)
         with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
             hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]

@@ -1,9 +1,10 @@
 """Greedy search for the layers that share index sets: IndexCache, Algorithm 1, at the price of what a flip changes.
 
 IndexCache (arXiv 2603.12201): start with an indexer in every layer; again and again turn the layer into a shared one
-whose loss is lowest, first layer excepted. A candidate here costs the decode rows through the layers from the flipped
-one up (replay.py), which is the plain search's result exactly. ``lazy`` re-ranks only the candidates that were best
-before: an approximation, exact where the rise of a flip never shrinks by flips made earlier.
+whose loss is lowest, first layer excepted. A candidate here costs the decode rows through some layers alone
+(replay.py), which is the plain search's result exactly: those from the flipped one up, or, where the candidate was
+tried before, from the lowest flip accepted since, if that is above it. ``lazy`` re-ranks only the candidates that were
+best before: an approximation, exact where the rise of a flip never shrinks by flips made earlier.
 
 Windows are divided among processes; losses are put back in order before they are averaged, in double precision, so the
 pattern does not depend on how many there are.
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from sparsec.calibrate import ranks
 from sparsec.calibrate.patterns import share
-from sparsec.calibrate.replay import Replay
+from sparsec.calibrate.replay import Replay, State
 from sparsec.errors import ArtifactError
 from sparsec.events import Event, Listener
 from sparsec.layout import read_json
@@ -67,7 +68,8 @@ class Search:
         tensors: theirs.
         windows: token ids, [length] each.
         prompt: prefill rows of each.
-        reuse: candidates start at the flipped layer; False runs every layer again.
+        reuse: candidates start at what a flip changes; False runs every layer again.
+        hold: bytes that candidates' states may take, in all processes together.
     """
 
     model: Any
@@ -77,6 +79,7 @@ class Search:
     prompt: int
     reuse: bool
     listen: Listener
+    hold: int = 0
     state: Path | None = None  # a file that is written after every flip, and continued from
     flips: list[dict[str, Any]] = field(default_factory=list)
     base: float = 0.0
@@ -86,6 +89,8 @@ class Search:
     replays: list[Replay] = field(default_factory=list)
     overlap: list[list[float]] = field(default_factory=list)  # of index sets before any sharing, see set_overlap
     total: int = 0  # candidates expected
+    # By candidate: how many flips there were when it was tried, and each window's state.
+    tried: dict[int, tuple[int, list[State]]] = field(default_factory=dict)
 
     def run(self, goal: Goal) -> None:
         """Flip layers until the goal is met. What came out: ``plan``, ``flips``, ``base``, ``stopped``, ``work``."""
@@ -113,16 +118,13 @@ class Search:
                     self.listen(Event(STAGE, note=f"layers {best} and {ranked[1]} cannot be told apart: stopped"))
                     break
             self.flips.append(flip)
-            self.plan = share(self.plan, best)
-            self._install(self.plan)
-            for replay in self.replays:
-                replay.accept(best)
-            self._count(best)  # run again for its boundaries: the plain search need not
+            self._accept(best)
             now = trials[best]
             self.now = loss
             left.remove(best)
             self._save()
             self.listen(Event(STAGE, note=f"{self.plan.pattern} {loss / self.base - 1:+.2%}"))
+        self._install(self.plan)  # not the last candidate's
         if self.stopped == "target" and self._full() > goal.full:
             self.stopped = "fixed"
         if self.work.candidates < self.total:  # a budget, or lazy: fewer than there might have been
@@ -149,21 +151,22 @@ class Search:
     def _full(self) -> int:
         return self.plan.pattern.count("F")
 
-    def losses(self, plan: Plan, *, counted: bool = False) -> Tensor:
+    def losses(self, plan: Plan) -> Tensor:
         """Loss of every decode row under another pattern, float64, window after window; nothing is accepted."""
         changed = [i for i in plan.indexed() if plan.layers[i].index != self.plan.layers[i].index]
         self._install(plan)
         start = min(changed, default=plan.model.layers - 1) if self.reuse else 0
-        found = [replay.run(start)[0] for replay in self.replays]
-        if counted:
-            self._count(start, plain=True)
+        found = [replay.run(start) for replay in self.replays]
         self._install(self.plan)
-        return torch.cat(ranks.in_order(found)).double()
+        return self._together(found)
+
+    def _together(self, states: Sequence[State]) -> Tensor:
+        return torch.cat(ranks.in_order([state.losses for state in states])).double()
 
     def _round(self, left: Sequence[int], now: float, order: Order) -> dict[int, Tensor]:
         """Rows' losses of this round's candidates: all of them, or in lazy order as many as it takes."""
         if order == "exact" or not self.flips:
-            return {layer: self._trial(layer, left) for layer in left}
+            return {layer: self._trial(layer) for layer in left}
         # The rise that a flip had when it was last tried, smallest first; what is on top and fresh wins.
         last: dict[int, float] = {}
         before = self.base
@@ -175,7 +178,7 @@ class Search:
         found: dict[int, Tensor] = {}
         while not queue[0][2]:
             _, layer, _ = heapq.heappop(queue)
-            found[layer] = self._trial(layer, left)
+            found[layer] = self._trial(layer)
             heapq.heappush(queue, (float(found[layer].mean()) - now, layer, True))
         # The plain search tries the others too.
         skipped = (len(left) - len(found)) * len(self.windows) * self.plan.model.layers
@@ -183,11 +186,50 @@ class Search:
         self.work.tokens_plain += skipped * len(self.windows[0])
         return found
 
-    def _trial(self, layer: int, left: Sequence[int]) -> Tensor:
-        found = self.losses(share(self.plan, layer), counted=True)
+    def _trial(self, layer: int) -> Tensor:
+        """The candidate's losses. What it computed is kept for the next round, as far as there is room."""
+        self._install(share(self.plan, layer))
+        start, known = self._known(layer)
+        states = [replay.run(start, state) for replay, state in zip(self.replays, known, strict=True)]
+        self._count(start, plain=True)
+        self.tried.pop(layer, None)
+        if self.reuse and self._bytes(layer) + sum(map(self._bytes, self.tried)) <= self.hold:
+            self.tried[layer] = (len(self.flips), states)
         self.work.candidates += 1
         self.listen(Event(STAGE, self.work.candidates, self.total))
-        return found
+        return self._together(states)
+
+    def _known(self, layer: int) -> tuple[int, Sequence[State | None]]:
+        """The layer that a candidate has to be run from, and each window's state up to there; None: the accepted one.
+
+        A candidate that was tried before did below every flip accepted since what it would do again.
+        """
+        if layer in self.tried:
+            since, states = self.tried[layer]
+            return min(flip["layer"] for flip in self.flips[since:]), states
+        return layer if self.reuse else 0, [None] * len(self.replays)
+
+    def _accept(self, layer: int) -> None:
+        """The flip is made: the candidate's states are those to start from, and what stood on others' is let go."""
+        self.plan = share(self.plan, layer)
+        self._install(self.plan)
+        if layer in self.tried:
+            states = self.tried[layer][1]
+        else:
+            states = [replay.run(layer) for replay in self.replays]
+            self._count(layer)  # for its boundaries: the plain search need not
+        for replay, state in zip(self.replays, states, strict=True):
+            replay.state = state
+        self.tried = {other: kept for other, kept in self.tried.items() if other < layer}
+
+    def _bytes(self, layer: int) -> int:
+        """What a candidate's states take beside the accepted ones, all windows together: boundaries and index sets."""
+        length = len(self.windows[0])
+        rows = length if self.plan.selects_in_prefill else length - self.prompt
+        hidden = int(self.model.config.get_text_config().hidden_size) * int(self.model.dtype.itemsize)
+        chosen = length if self.plan.dsa is None else 8 * self.plan.dsa.top_k
+        sets = sum(i >= layer and each.index == "full" for i, each in enumerate(self.plan.layers))
+        return len(self.windows) * rows * ((self.plan.model.layers - layer) * hidden + sets * chosen)
 
     def _install(self, plan: Plan) -> None:
         install(self.model, plan, {name: self.tensors[name] for name in tensor_names(plan)})
@@ -258,7 +300,7 @@ def chosen_sets(replay: Replay, plan: Plan, prompt: int) -> Iterator[Tensor]:
     """Decode rows' index sets, tile by tile, without tokens kept in any case: bool [indexed layers, rows, keys]."""
     sources = [plan.index_source(layer) for layer in plan.indexed()]
     if plan.dsa is not None:
-        found = torch.stack([replay.index_sets[layer, 0][0] for layer in sources])  # [layers, tokens, top_k]
+        found = torch.stack([replay.state.index_sets[layer, 0][0] for layer in sources])  # [layers, tokens, top_k]
         keys = torch.arange(found.shape[1], device=found.device)
         for start in range(prompt, found.shape[1], ROWS):
             part = found[:, start : start + ROWS].long()
@@ -267,8 +309,8 @@ def chosen_sets(replay: Replay, plan: Plan, prompt: int) -> Iterator[Tensor]:
             yield sets.scatter_(-1, part, True) & (keys <= at[:, None])
         return
     assert plan.selector is not None
-    for start in sorted({key[1] for key in replay.index_sets if key[1] >= prompt}):
-        sets = torch.stack([replay.index_sets[layer, start].any(1)[0] for layer in sources])
+    for start in sorted({key[1] for key in replay.state.index_sets if key[1] >= prompt}):
+        sets = torch.stack([replay.state.index_sets[layer, start].any(1)[0] for layer in sources])
         keys = torch.arange(sets.shape[-1], device=sets.device)
         at = torch.arange(start, start + sets.shape[1], device=sets.device)
         yield sets & (keys >= plan.selector.sinks) & (at[:, None] - keys >= plan.selector.recent)

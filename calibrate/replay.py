@@ -8,6 +8,7 @@ models with indexers of their own (DSA), they are replayed too.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +20,19 @@ from sparsec.plugins.families import attention_modules, decoder_layers, final_no
 from sparsec.plugins.runtime import new_cache, rows_as, stepping
 
 
+@dataclass(frozen=True)
+class State:
+    """What one run left behind, for runs that differ from it from some layer on."""
+
+    inputs: list[Tensor]  # hidden states at each layer boundary, [1, rows, hidden]
+    index_sets: dict[tuple[int, int], Tensor]  # see Step.index_sets
+    losses: Tensor  # float32 [decode rows - 1]
+
+
 class Replay:
     """One window under the plan that is installed on the model.
+
+    ``state`` is what the accepted plan gives.
 
     Args:
         model: with a plan installed.
@@ -34,8 +46,7 @@ class Replay:
         self.layers, self.modules = decoder_layers(model), attention_modules(model)
         self.tokens = tokens[prompt:].to(model.device)
         self.calls: list[dict[str, Any]] = []  # what each layer was called with, beside the hidden states
-        self.inputs: list[Tensor] = []  # hidden states at each layer boundary under the accepted plan
-        self.index_sets: dict[tuple[int, int], Tensor] = {}
+        self.first: Tensor | None = None  # hidden states before the first layer
         cache, replayed = new_cache(model, "reference"), self.tokens
         self.prompt = 0  # replayed rows that are prefill rows
         if model.sparsec_plan.selects_in_prefill:
@@ -53,33 +64,34 @@ class Replay:
         for hook in hooks:
             hook.remove()
         self.positions = step.positions
-        self.losses = self.accept(0)
+        assert self.first is not None
+        self.state: State = self.run(0, State([self.first], {}, torch.empty(0)))
 
     def _note(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.inputs:
-            self.inputs = [args[0]] * len(self.layers)
+        self.first = args[0] if self.first is None else self.first
         self.calls.append(kwargs)
 
+    @property
+    def losses(self) -> Tensor:
+        """Under the accepted plan: float32 [decode rows - 1]."""
+        return self.state.losses
+
     @torch.no_grad()
-    def run(self, start: int) -> tuple[Tensor, list[Tensor], dict[tuple[int, int], Tensor]]:
-        """Layers ``start`` and up under the plan now installed: losses [decode rows - 1], boundaries, index sets."""
-        sets = {key: keep for key, keep in self.index_sets.items() if key[0] < start}
+    def run(self, start: int, known: State | None = None) -> State:
+        """Layers ``start`` and up under the plan now installed.
+
+        known: of a run that did the same below ``start``; None is the accepted plan's.
+        """
+        known = known or self.state
+        sets = {key: keep for key, keep in known.index_sets.items() if key[0] < start}
         step = Step(decode=True, prompt=self.prompt, commit=False, index_sets=sets, positions=self.positions)
-        hidden, boundaries = self.inputs[start], []
+        hidden, inputs = known.inputs[start], known.inputs[:start]
         for number in range(start, len(self.layers)):
             layer: Any = self.layers[number]
-            boundaries.append(hidden)
+            inputs.append(hidden)
             module: Any = self.modules[number]
             module.sparsec.step = step
             hidden = layer(hidden, **self.calls[number])
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # some also hand their index set on
         logits = lm_head(self.model)(final_norm(self.model)(hidden[:, self.prompt :]))
-        return nll(logits[0], self.tokens), boundaries, sets
-
-    def accept(self, start: int) -> Tensor:
-        """Take the plan now installed as the new base; it differs from the old one from layer ``start`` on."""
-        losses, boundaries, sets = self.run(start)
-        self.inputs[start:] = boundaries
-        self.index_sets = sets
-        self.losses = losses
-        return losses
+        return State(inputs, sets, nll(logits[0], self.tokens))

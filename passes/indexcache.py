@@ -9,8 +9,9 @@ Sets made for one layer fit others badly, so the kept indexers are then trained 
 (calibrate/shared_fit.py), as in the paper's training-aware variant; the model's own weights stay as they are. In a
 model with indexers of its own (DSA) those are searched and trained (calibrate/dsa_fit.py), and no other weight.
 
-The loss is taken in the deployed decode regime. A candidate costs only the decode rows through the layers from the
-flipped one up: everything below is reused, and the pattern and losses are those of the plain search.
+The loss is taken in the deployed decode regime. A candidate costs only the decode rows through the layers that its
+flip, or one accepted since it was last tried, changes: the others are reused, and pattern and losses are those of the
+plain search.
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ class IndexCache(Pass):
         default=1, ge=1, description="pipeline stages; the first indexed layer of each keeps its indexer"
     )
     compare: bool = Field(default=True, description="also measure one-shot, uniform and overlap-ranked patterns")
-    reuse: bool = Field(default=True, description="start candidates at the flipped layer; false: the plain search")
+    reuse: bool = Field(default=True, description="start candidates at what a flip changes; false: the plain search")
+    hold: float = Field(
+        default=4, ge=0, description="GiB of candidates' states that are held, so that they start higher up; 0: none"
+    )
 
     @field_validator("keep", "max_loss", mode="before")
     @classmethod
@@ -125,7 +129,10 @@ class IndexCache(Pass):
         state = program.scratch / "search.json" if program.scratch else None
         full = self._target(len(every))
         with applied(model, plan, program.tensors):
-            search = Search(model, plan, program.tensors, windows, length - rows, self.reuse, program.listen, state)
+            search = Search(
+                model, plan, program.tensors, windows, length - rows, self.reuse,
+                listen=program.listen, hold=int(self.hold * 2**30), state=state,
+            )  # fmt: skip
             if self.pattern is not None:
                 search.take(given_pattern(plan, self.pattern))
             else:
@@ -249,7 +256,7 @@ class IndexCache(Pass):
         )
 
     def cost(self, plan: Plan, max_positions: int) -> Cost:
-        """Half a forward of the decode rows for every candidate, the prompts once, and the windows of the fit."""
+        """At most half a forward of the decode rows a candidate, the prompts once, and the windows of the fit."""
         indexed = len(plan.indexed()) or plan.model.layers // 2
         length = self.context or self._context(plan, max_positions)
         rows = min(self.rows, length // 2)
@@ -259,7 +266,10 @@ class IndexCache(Pass):
         searched = (self.windows + self.documents) * (length + candidates * again // 2)
         fitted = 2 * self.fit_windows * length + self.steps * length // 32 if self.steps else 0
         cached = plan.model.layers * plan.model.kv_heads * plan.model.head_dim * 8
-        return Cost(tokens=searched + fitted, resident=(self.windows + self.documents) * length * cached)
+        # Hidden states of candidates, half of the layers of each; as wide as all heads together in most models.
+        states = indexed * plan.model.layers // 2 * again * plan.model.heads * plan.model.head_dim * 4
+        held = min(int(self.hold * 2**30), (self.windows + self.documents) * states)
+        return Cost(tokens=searched + fitted, resident=(self.windows + self.documents) * length * cached + held)
 
     def _windows(self, plan: Plan, calibration: Calibration, length: int, seed: int) -> list[Tensor]:
         """Text, and needle documents whose later needles are decode rows: mean loss on text alone hardly sees an

@@ -38,6 +38,7 @@ from sparsec.passes.split import (
     scaled_window,
     split_plan,
     splittable,
+    with_every_layer,
 )
 from sparsec.plan import Coarse, Plan, Selector, Window
 from sparsec.plugins.runtime import applied
@@ -67,6 +68,9 @@ class Rtpurbo(Pass):
     granularity: Granularity = Field(
         default="query_head",
         description="kv_head decides for whole GQA groups, so that every local KV head is freed",
+    )
+    per_layer: int = Field(
+        default=0, ge=0, description="retrieval heads that every layer has at least, beside the best ones (ours)"
     )
     window: int | None = Field(default=None, ge=1, description="null: 1/16 of what the model reads, at most 8192")
     sinks: int = Field(default=4, ge=0, description="first tokens that local heads always see")
@@ -199,7 +203,7 @@ class Rtpurbo(Pass):
         far = min(max_positions, self.reach or LONGEST, LONGEST)
         forwards = (self.documents + 2 * 3 + 2 * self.windows) * context
         measured = (2 + 4 * (self.prefill == "selector")) * far
-        kept = round(self.ratio * plan.model.layers * plan.model.heads)
+        kept = round(self.ratio * plan.model.layers * plan.model.heads) + self.per_layer * plan.model.layers
         resident = 2 * self.windows * kept * (2 * self.rows + 2 * context) * plan.model.head_dim * 4
         # A training step is a few matrix products of rows x context x head_dim a head: small beside a forward.
         return Cost(tokens=forwards + measured + self.steps * context // 32, resident=resident)
@@ -213,6 +217,7 @@ class Rtpurbo(Pass):
         shape, mean = plan.model, scores.mean(0)
         possible = int(allowed.sum()) * shape.heads
         chosen, stable = best_heads(scores, self.ratio, shape, allowed, self.granularity)
+        chosen = with_every_layer(chosen, scores, self.per_layer, shape, allowed, self.granularity)
         heads = by_layer(chosen)
         measured = {
             "head_scores": [[round(float(s), 6) for s in row] for row in mean],

@@ -77,6 +77,28 @@ def best_heads(
     return chosen, stability(grouped, count, allowed)
 
 
+def with_every_layer(
+    chosen: Sequence[tuple[int, int]],
+    scores: Tensor,
+    least: int,
+    shape: ModelShape,
+    allowed: Tensor,
+    granularity: Granularity,
+) -> list[tuple[int, int]]:
+    """``chosen``, and beside it the best heads of allowed layers that have fewer than ``least``.
+
+    Args and result: see :func:`best_heads`. Whole GQA groups are added where whole groups are kept.
+    """
+    unit = 1 if granularity == "query_head" else shape.group
+    share = min(1.0, -(-least // unit) * unit / shape.heads)
+    kept = set(chosen)
+    for layer in allowed.nonzero()[:, 0].tolist() if least else ():
+        alone = torch.zeros_like(allowed)
+        alone[layer] = True
+        kept.update(best_heads(scores, share, shape, alone, granularity)[0])
+    return sorted(kept)
+
+
 def by_layer(chosen: Sequence[tuple[int, int]]) -> Heads:
     """(layer, head) pairs, ascending, as heads by layer."""
     heads: Heads = {}

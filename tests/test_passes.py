@@ -336,6 +336,24 @@ def test_whole_kv_heads_are_kept_or_freed(
         assert len(layer.local) == plan.model.group * len(layer.local_kv_heads(plan.model.group))
 
 
+def test_every_layer_has_an_indexer_where_that_is_asked_for(
+    make: Callable[..., Pass], prepared: Callable[[str], Program], calibration: Calibration
+) -> None:
+    program = prepared("rtpurbo")
+    few = make("rtpurbo", ratio=0.1).run(program, calibration)
+    every = make("rtpurbo", ratio=0.1, per_layer=1).run(program, calibration)
+    assert every.plan.indexed() == tuple(range(every.plan.model.layers)) != few.plan.indexed()
+    scores = every.measured["head_scores"]
+    for i, layer in enumerate(every.plan.layers):
+        added = set(layer.retrieval) - set(few.plan.layers[i].retrieval)
+        assert set(few.plan.layers[i].retrieval) <= set(layer.retrieval)
+        assert all(scores[i][head] == max(scores[i]) for head in added)
+    groups = make("rtpurbo", ratio=0.1, per_layer=1, granularity="kv_head").run(program, calibration).plan
+    for layer in groups.layers:
+        assert layer.retrieval
+        assert len(layer.local) == groups.model.group * len(layer.local_kv_heads(groups.model.group))
+
+
 # Order
 
 
