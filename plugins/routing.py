@@ -156,7 +156,7 @@ def routed_mlp(module: Any, x: Tensor) -> Tensor:
     flat = x.flatten(0, 1)
     out = rt.forecast(flat, off)
     if len(on):
-        out = out.index_copy(0, on, rt.whole(flat[on]))
+        out = out.index_copy(0, on, rt.whole(flat[on]).to(out.dtype))  # autocast runs it in another dtype
     return out.view(x.shape)
 
 
@@ -190,7 +190,7 @@ def routed_attention(
         q = rotate(q, cos.flatten(0, 1)[on][:, None], sin.flatten(0, 1)[on][:, None])
     state, decode = module.sparsec, rt.step is not None and rt.step.decode
     try:
-        if len(on) and (decode or rows == 1):
+        if len(on) and (rows == 1 or (decode and state.layer.index != "none")):
             # Choices of decode rows are made row by row, in the places that the rows have.
             places, wide = on, rows
             state.away = ~run
@@ -203,7 +203,8 @@ def routed_attention(
     finally:
         state.picked = state.away = None
     if len(on):
-        out = out.index_copy(0, on, module.o_proj(found.flatten(2).flatten(0, 1)[places]))
+        ran = module.o_proj(found.flatten(2).flatten(0, 1)[places])
+        out = out.index_copy(0, on, ran.to(out.dtype))
     return out.view(hidden_states.shape), None
 
 
