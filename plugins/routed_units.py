@@ -77,9 +77,9 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in x's dtype."""
-        return F.linear(x, *self._in(x))
+        return F.linear(x, *self.cast(x))
 
-    def _in(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def cast(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The parameters in x's dtype, cast once."""
         if x.dtype == self.weight.dtype or self.weight.requires_grad:
             return self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
@@ -114,6 +114,7 @@ class Router(nn.Module):
         self.linear = Affine(tensors["linear.weight"], tensors["linear.bias"])
         self.inner = Affine(tensors["inner.weight"], tensors["inner.bias"]) if "inner.weight" in tensors else None
         self.out = Affine(tensors["out.weight"], None) if self.inner is not None else None
+        self.one: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.autocast("cuda", enabled=False)
     def forward(self, x: Tensor) -> Tensor:
@@ -123,6 +124,18 @@ class Router(nn.Module):
         if self.inner is not None and self.out is not None:
             score = score + self.out(F.relu(self.inner(x)))
         return score[..., 0]
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All that reads the state as one product: weight [1 + hidden, width], bias [1 + hidden], factors [hidden].
+
+        Put together once: a router that runs does not learn.
+        """
+        if self.one is None:
+            parts = [self.linear] + ([self.inner] if self.inner is not None else [])
+            biases = [part.bias for part in parts if part.bias is not None]
+            factors = self.out.weight[0] if self.out is not None else self.linear.weight.new_zeros(0)
+            self.one = (torch.cat([part.weight for part in parts]), torch.cat(biases), factors.contiguous())
+        return self.one
 
 
 def parts_of(
