@@ -147,7 +147,8 @@ def note_tokens(step: Step, routing: Routing, ids: Tensor | None, mask: Any, sha
     step.keep = (pos >= 0) & (pos < routing.sinks)
     if ids is not None and routing.special:
         step.keep = step.keep | torch.isin(ids, torch.tensor(routing.special, device=ids.device))
-    step.real = pos >= 0 if flat is not None else None
+    # A mask that masks nothing is asked about once a call, rather than looked at in every unit.
+    step.real = pos >= 0 if flat is not None and not bool(flat.all()) else None
 
 
 def routed_mlp(module: Any, x: Tensor) -> Tensor:
