@@ -286,7 +286,9 @@ def _full(
         out[:, rt.windowed], dropped = _near(rt, q[:, rt.windowed], k, v, heads, q_pos, pos, scale, dropped)
         if cache is not None and step.commit:
             cache.dropped = dropped
-    if len(rt.retrieval):
+    if rt.picked is None and rt.layer.index == "none" and len(rt.retrieval) == q.shape[1]:
+        out.copy_(dense(q, k, v, q_pos, pos, scale))  # the model's own attention: no head is taken out or repeated
+    elif len(rt.retrieval):
         heads = torch.searchsorted(rt.full_kv, rt.retrieval // group)
         if rt.picked is not None:
             if len(rt.retrieval) == q.shape[1]:  # all of them: nothing is sorted out

@@ -36,17 +36,28 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Ten
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, scale: float) -> Tensor:
-    """Causal attention over all real keys; k and v are repeated to q's heads. Tiled over rows."""
-    rows, keys = q.shape[2], k.shape[2]
+    """Causal attention over all real keys, tiled over rows.
+
+    q: [batch, heads, rows, dim]; k, v: [batch, heads, keys, dim], or the KV heads, each read by as many heads in order.
+    """
+    rows, keys, shared = q.shape[2], k.shape[2], k.shape[1] != q.shape[1]
+    if rows == 1 and shared:
+        # A KV head's query heads are its rows: nothing is repeated.
+        mask = causal(q_pos, k_pos) | (q_pos < 0)[:, None, :, None]
+        folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(q.shape)
     if rows == keys and bool((k_pos >= 0).all()):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, scale=scale, enable_gqa=shared)
     parts = []
     for start in range(0, rows, ROWS):
         seen = keys - rows + min(start + ROWS, rows)
         part_pos = q_pos[:, start : start + ROWS]
         mask = causal(part_pos, k_pos[:, :seen]) | (part_pos < 0)[:, None, :, None]
         part = q[:, :, start : start + ROWS]
-        parts.append(F.scaled_dot_product_attention(part, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=scale))
+        seen_k, seen_v = k[:, :, :seen], v[:, :, :seen]
+        parts.append(
+            F.scaled_dot_product_attention(part, seen_k, seen_v, attn_mask=mask, scale=scale, enable_gqa=shared)
+        )
     return torch.cat(parts, 2)
 
 

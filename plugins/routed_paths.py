@@ -6,6 +6,8 @@ are those of [batch, rows] as one row. The host waits for the device once, to le
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,9 +28,12 @@ class Paths:
 
     def __init__(self, run: Tensor, forecaster: Forecaster | None) -> None:
         self.run, self.forecaster = run, forecaster
-        flat, self.tokens = run.flatten(), run.numel()
-        self.count = int(flat.sum())
-        self.on = torch.nonzero_static(flat, size=self.count)[:, 0]
+        self.tokens, self.count = run.numel(), int(run.sum())
+
+    @cached_property
+    def on(self) -> Tensor:
+        """int64 [count], the tokens that run, ascending."""
+        return torch.nonzero_static(self.run.flatten(), size=self.count)[:, 0]
 
     @property
     def everyone(self) -> bool:
@@ -43,7 +48,8 @@ class Paths:
         if self.forecaster is None:
             return torch.zeros_like(flat)
         if not self.count:
-            return self.forecaster(flat).to(flat.dtype)
+            every: Tensor = self.forecaster(flat)
+            return every.to(flat.dtype)
         off = torch.nonzero_static(~self.run.flatten(), size=self.tokens - self.count)[:, 0]
         return torch.empty_like(flat).index_copy_(0, off, self.forecaster(flat[off]).to(flat.dtype))
 
@@ -54,30 +60,31 @@ class Paths:
         """
         return out.index_copy_(0, self.on, found.to(out.dtype))
 
-    def pick(self, q: Tensor, pos: Tensor) -> tuple[Any, Tensor, Tensor]:
+    def pick(self, q: Tensor, numbers: Callable[[], Tensor]) -> tuple[Any, Tensor, Tensor | slice]:
         """Queries as attention takes them: a padded block of rows for each sequence.
 
         Args:
             q: [count, heads, head_dim].
-            pos: [batch, rows], token numbers of the call.
+            numbers: makes the call's token numbers, [batch, rows], where they are needed.
 
         Returns:
             What knows the rows (:class:`~sparsec.plugins.masked.Picked`), queries [batch, heads, most, head_dim], and
             where the tokens that run are in the block as one row, [count].
         """
         batch, rows = self.run.shape
-        counts = self.run.sum(1)
-        wide = int(counts.max())
+        if not self.count:
+            nobody = self.run.new_empty(batch, 0, dtype=torch.long)
+            return Picked(nobody, (), rows), q.view(batch, 0, *q.shape[1:]).transpose(1, 2), slice(None)
+        pos, wide = numbers(), int(self.run.sum(1).max())
         order = (self.run.cumsum(1) - 1).flatten()[self.on]
         places = self.on // rows * wide + order
-        numbers = torch.full((batch * wide,), -1, dtype=torch.long, device=q.device)
-        columns = torch.zeros_like(numbers)
-        numbers[places] = pos.flatten()[self.on]
+        picked = torch.full((batch * wide,), -1, dtype=torch.long, device=q.device)
+        columns = torch.zeros_like(picked)
+        picked[places] = pos.flatten()[self.on]
         columns[places] = self.on % rows + 1
-        last = columns.view(batch, wide).amax(0) if wide else columns
-        ends: Any = F.pad(last, (0, -wide % PICKED)).view(-1, PICKED).amax(1)
+        ends: Any = F.pad(columns.view(batch, wide).amax(0), (0, -wide % PICKED)).view(-1, PICKED).amax(1)
         return (
-            Picked(numbers.view(batch, wide), tuple(map(int, ends)), rows),
+            Picked(picked.view(batch, wide), tuple(map(int, ends)), rows),
             self.block(q, places, batch, wide),
             places,
         )

@@ -187,19 +187,21 @@ def routed_attention(
     out = paths.forecast(flat)
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, module.layer_idx)
-    state, decode, on = module.sparsec, rt.step is not None and rt.step.decode, paths.on
+    state, decode = module.sparsec, rt.step is not None and rt.step.decode
     q = k.new_zeros(0, state.plan.model.heads, k.shape[-1])
     if paths.count:
+        on = paths.on
         q = queries(module, flat[on], rt.fused)
         q = rotate(q, cos.flatten(0, 1)[on][:, None], sin.flatten(0, 1)[on][:, None])
+    places: Tensor | slice
     try:
         if paths.count and (rows == 1 or (decode and state.layer.index != "none")):
             # Choices of decode rows are made row by row, in the places that the rows have.
-            block, places = paths.block(q, on, batch, rows), on
+            block, places = paths.block(q, paths.on, batch, rows), paths.on
             state.away = ~paths.run
         else:
-            pos = _numbers(rt, past_key_values, attention_mask, hidden_states)
-            state.picked, block, places = paths.pick(q, pos)
+            numbers = partial(_numbers, rt, past_key_values, attention_mask, hidden_states)
+            state.picked, block, places = paths.pick(q, numbers)
         found, _ = sparsec_attention(module, block, k, v, attention_mask, scaling=module.scaling)
     finally:
         state.picked = state.away = None

@@ -78,8 +78,8 @@ def _scatter(found, on, found_row, out_row, out, WIDTH: tl.constexpr, BLOCK: tl.
 
 def forecast(
     x: Tensor,
-    down: tuple[Tensor, Tensor],
-    up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor | None],
+    up: tuple[Tensor, Tensor | None],
     silu: bool,
     off: Tensor,
     ran: Tensor,

@@ -6,6 +6,7 @@ meanwhile. A few tokens (decode) mostly agree: there the host asks first, and la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,9 +55,8 @@ class ListedPaths(Paths):
         if self.forecaster is None:
             return torch.zeros_like(flat)
         out = torch.empty_like(flat)
-        down, up = self.forecaster.down.cast(flat), self.forecaster.up.cast(flat)
-        silu = self.forecaster.activation == "silu"
-        forecasts.forecast(flat, down, up, silu, self.off, self.before[-1:], out)
+        down, up, silu = self.forecaster.down, self.forecaster.up, self.forecaster.activation == "silu"
+        forecasts.forecast(flat, down.cast(flat), up.cast(flat), silu, self.off, self.before[-1:], out)
         return out
 
     def put(self, out: Tensor, found: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class ListedPaths(Paths):
             forecasts.scatter(found, self.on, out)
         return out
 
-    def pick(self, q: Tensor, pos: Tensor) -> tuple[Any, Tensor, Tensor | slice]:
+    def pick(self, q: Tensor, numbers: Callable[[], Tensor]) -> tuple[Any, Tensor, Tensor | slice]:
         """As :meth:`Paths.pick`; the queries stay as they are, [1, heads, count, head_dim]."""
         batch, new = self.run.shape
         listed = Listed(self.on, self.before, batch, new, self.padded)
