@@ -21,9 +21,11 @@ from sparsec.calibrate.teacher import top_k
 from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, trainable
 from sparsec.compiler.pipeline import Job, compile_model
 from sparsec.compiler.recipe import make_recipe
+from sparsec.compiler.source import load_model, load_tokenizer
 from sparsec.events import silent
 from sparsec.layout import MANIFEST, TENSORS
 from sparsec.passes.base import Program
+from sparsec.passes.distill import Distill
 from sparsec.passes.informed_routing import InformedRouting
 from sparsec.plugins.attention import Step
 from sparsec.plugins.families import base_plan
@@ -143,3 +145,16 @@ def test_an_artifact_of_routing_and_distill_is_a_plain_checkpoint(
     model, _ = load(tmp_path / "out")
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
     assert load_file(tmp_path / "out" / TENSORS).keys() == added_tensors(model).keys()
+
+
+@pytest.mark.slow
+def test_the_demo_model_heals_under_routing(demo_source: Any) -> None:
+    model, tokenizer = load_model(demo_source, dtype="float32"), load_tokenizer(demo_source)
+    calibration = Calibration(read_corpus(), tokenizer)
+    short = {"context": 256, "tokens": 2048, "samples": 2048, "epochs": 0, "steps": 0, "rank": 32, "search_windows": 1}
+    dense = Program(model, base_plan(model.config, "test"), {})
+    routed = InformedRouting(**{**short, "sensitivity_windows": 1, "remove": 0.2}).run(dense, calibration)
+    healing = Distill(lora_rank=16, steps=12, batch=1, context=256, rows=64, held_windows=1, checks=2, lr=3e-4)
+    found = healing.run(Program(model, routed.plan, routed.tensors), calibration).measured
+    assert found["best_step"] > 0
+    assert found["kl_best"] < 0.95 * found["kl_before"]

@@ -130,7 +130,8 @@ class Listed:
             assert plan.window is not None
             size, sinks, least = plan.window.size, plan.window.sinks, plan.min_context
         keys, block_d = k.shape[2], triton.next_power_of_2(dim)
-        block_m, block_n, warps, stages = tiles(block_d, q.element_size())
+        block_m, widest, warps, stages = tiles(block_d, q.element_size())
+        block_n = min(64, widest)  # tiles on the diagonal are masked: the narrower, the fewer keys in vain
         with launching_on(q):
             _picked[triton.cdiv(self.new, block_m), own, self.batch](
                 q, k, v, self.on, self.before, k_pos, heads, keys, self.new, *q.stride()[1:3], *k.stride()[:3],
