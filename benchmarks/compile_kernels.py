@@ -17,11 +17,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from sparsec.plan import Coarse, Selector, Window
-from sparsec.plugins.kernels import append, blocks, choose, coarse, decode, edge, lists
+from sparsec.plugins.kernels import append, blocks, choose, coarse, decide, decode, edge, forecast, lists, picked
 from sparsec.plugins.kernels.window import window_prefill
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 HEADS, KV, DIM, SLOTS, RETRIEVAL = 32, 8, 128, 131072, 5
+RANKS = ((256, HEADS * DIM), (HEADS * DIM, 256))  # of a forecaster
 
 
 def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -34,7 +35,9 @@ def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> 
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for place, (name, parameter) in enumerate(parameters.items()):
         value = values[name]
-        if "constexpr" in str(parameter.annotation) or (isinstance(value, int) and value == 1):
+        if isinstance(value, float) and "constexpr" not in str(parameter.annotation):
+            signature[name] = "fp32"
+        elif "constexpr" in str(parameter.annotation) or (isinstance(value, int) and value == 1):
             signature[name], constants[place,] = "constexpr", value
         else:
             signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
@@ -117,6 +120,23 @@ def main() -> None:
         q, k, k, q, ints(RETRIEVAL), ints(RETRIEVAL), ints(RETRIEVAL), ints(1), chosen, prompt, 0, scale
     )
     decode.combine(partial, lse, ints(HEADS), one, ints(1))
+    routed()
+
+
+def routed() -> None:
+    """What routed units run: a prompt of 4 x 2,048 tokens, and one token."""
+    for tokens in (8192, 1):
+        x, flags = torch.zeros(tokens, HEADS * DIM, dtype=torch.bfloat16), torch.zeros(tokens, dtype=torch.uint8)
+        on, off = torch.zeros(2, tokens, dtype=torch.long)
+        before = torch.zeros(tokens + 1, dtype=torch.int32)
+        router = (torch.zeros(17, HEADS * DIM), torch.zeros(17), torch.zeros(16))
+        decide.decide(x, router, 0.5, flags, None, flags, on, off, before)
+        down, up = ((torch.zeros(shape, dtype=x.dtype), torch.zeros(shape[0], dtype=x.dtype)) for shape in RANKS)
+        forecast.forecast(x, down, up, True, off, before[-1:], x)
+    forecast.scatter(x, on, x)
+    listed = picked.Listed(on, before, 1, 2048, False)
+    q, k = (torch.zeros(1, heads, 2048, DIM, dtype=x.dtype) for heads in (HEADS, KV))
+    listed.attend(q, k, k, torch.zeros(HEADS, dtype=torch.long), torch.zeros(1, 2048, dtype=torch.long), DIM**-0.5)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Informed routing against what costs less, at equal realised FLOPs: quality over seeds, and wall-clock.
 
     python benchmarks/routing.py quality --device cuda --steps 200     all systems and seeds, added to the JSON
-    python benchmarks/routing.py speed --device cuda                   prefill and decode, demo or a shape
+    python benchmarks/routing.py speed --device cuda --shape llama-8b  prefill and decode, demo or a shape
 
 Systems: informed (the pass), informed in closed form, greedy skip (the pass with rank 0: the same routers and training,
 nothing forecast), static dropping (units that cost least alone, dropped for all tokens), random routing (the informed
 plan's forecasters, tokens drawn). All run on the runtime that an artifact runs on. Quality is bits per byte of held-out
 text, second halves of windows as decode rows; thresholds, drops and training saw train and search text only.
+
+Speed is that of routers which decide themselves, biased so that each unit runs for as many tokens as it did in the last
+quality run, or --removed share of this shape's FLOPs is removed: by plain indexing, and on Triton's kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,14 +38,17 @@ from sparsec.calibrate.splits import Calibration  # noqa: E402
 from sparsec.calibrate.unit_flops import Key, UnitCosts, unit_costs  # noqa: E402
 from sparsec.compiler.source import load_model, load_tokenizer, open_source  # noqa: E402
 from sparsec.compiler.versions import versions  # noqa: E402
+from sparsec.events import Event  # noqa: E402
 from sparsec.passes.base import Program  # noqa: E402
 from sparsec.passes.informed_routing import InformedRouting  # noqa: E402
-from sparsec.plan import UNITS, Plan  # noqa: E402
+from sparsec.plan import UNITS, Plan, Unit  # noqa: E402
+from sparsec.plugins.attention import Step  # noqa: E402
 from sparsec.plugins.device import device_name  # noqa: E402
 from sparsec.plugins.families import base_plan, unit_modules  # noqa: E402
-from sparsec.plugins.runtime import applied, tensor_names  # noqa: E402
+from sparsec.plugins.runtime import added_tensors, applied, stepping, tensor_names, use_kernels  # noqa: E402
 
 RESULT = Path(__file__).resolve().parent / "results" / "routing-demo.json"
+PROMPT, STEPS = 512, 32  # tokens before the decode steps that are timed, and these
 LLAMA_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
@@ -63,6 +69,7 @@ def main() -> None:
     parser.add_argument("--systems", default="all", help="some of: informed, closed, greedy, static, random")
     parser.add_argument("--steps", type=int, default=40, help="of router training")
     parser.add_argument("--shape", choices=("demo", "llama-8b"), default="demo")
+    parser.add_argument("--removed", type=float, default=None, help="share of FLOPs; the last quality run's rates")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
@@ -95,11 +102,12 @@ def quality(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base = base_plan(model.config, "benchmark")
     for seed in map(int, given.seeds.split(",")):
         calibration = Calibration(read_corpus(given.text) if given.text else read_corpus(), tokenizer, seed=seed)
-        program = Program(model, base, {}, seed)
+        clock = StageClock()
+        program = Program(model, base, {}, seed, clock)
         for target in map(float, given.remove.split(",")):
             made = InformedRouting(**{"steps": given.steps, **options, "remove": target})
             found: dict[str, tuple[Plan | None, Any, float | None]] = {"dense": (None, {}, None)}
-            seconds = {}
+            seconds: dict[str, dict[str, Any]] = {}
             for name, changes in (
                 ("informed", {}),
                 ("informed, closed form", {"steps": 0, "epochs": 0}),
@@ -107,9 +115,9 @@ def quality(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             ):
                 if not wanted(given, name):
                     continue
-                began = time.monotonic()
+                clock.start()
                 ran = made.model_copy(update=changes).run(program, calibration)
-                seconds[name] = time.monotonic() - began
+                seconds[name] = clock.row()
                 found[name] = (ran.plan, ran.tensors, None)
                 length = int(ran.measured["context"])
             held = calibration.windows(
@@ -134,8 +142,29 @@ def quality(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     row |= realised(model, plan, held, overhead=chance is None and name != "static dropping")
                     row["bits_per_byte"] = loss_of(model, tokenizer, held)
                 assert dense is not None
-                row |= {"against_dense": row["bits_per_byte"] / dense - 1, "seconds": seconds.get(name)}
+                row |= {"against_dense": row["bits_per_byte"] / dense - 1} | seconds.get(name, {"seconds": None})
                 yield row | {"device": device_name(model.device)}
+
+
+class StageClock:
+    """Listens to a pass: the seconds up to an event are those of its stage."""
+
+    FORECASTERS = ("states of units", "states of search text", "forecasters")  # what the LFF stage consists of
+
+    def start(self) -> None:
+        """A pass begins."""
+        self.last, self.stages = time.monotonic(), dict[str, float]()
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        self.stages[event.stage] = self.stages.get(event.stage, 0.0) + now - self.last
+        self.last = now
+
+    def row(self) -> dict[str, Any]:
+        """Seconds of the whole pass, of its forecasters alone, and by stage."""
+        self(Event("what is shown"))
+        fitted = sum(self.stages.get(name, 0.0) for name in self.FORECASTERS)
+        return {"seconds": sum(self.stages.values()), "lff_seconds": fitted, "seconds_by_stage": self.stages}
 
 
 def costs_of(model: Any, plan: Plan, length: int, overhead: bool = True) -> UnitCosts:
@@ -233,52 +262,108 @@ def dropped(model: Any, base: Plan, search: Tensor, target: float) -> tuple[Plan
 
 @torch.no_grad()
 def speed(given: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Prefill and decode against the dense model on SDPA, in one run; rates are those of the last quality run."""
+    """Prefill and decode steps beside the dense model on SDPA, in one run: a row a way of running routed units."""
     rates = next(
         row["rates"] for row in reversed(result["runs"]) if row["system"] == "informed" and row["target"] == 0.25
     )
     model = opened(given)[0] if given.shape == "demo" else shaped(given.device)
     base, width = base_plan(model.config, "benchmark"), int(model.config.hidden_size)
     layers, measured = base.model.layers, max(int(name.split()[1]) for name in rates) + 1
-
-    def chance(key: Key) -> float:
-        return 1 - float(rates.get(f"{key[1]} {key[0] * measured // layers}", 1.0))
-
     every = list(range(layers))
     routing = {
         "width": width, "rank": 64 if given.shape == "demo" else 256, "activation": "silu", "hidden": 16,
         "threshold": 0.0, "sinks": 4, "special": (), "attention": every, "mlp": every,
     }  # fmt: skip
     plan = base.edit(routing=routing)
-    tensors = {name: torch.randn(shape) * 0.01 for name, shape in tensor_names(plan).items()}
+    costs = costs_of(model, plan, given.length)
+    chances = {key: 1 - float(rates.get(f"{key[1]} {key[0] * measured // layers}", 1.0)) for key in costs.removable}
+    if given.removed is not None:
+        chances = scaled(chances, costs, given.removed)
+    drawn = {name: torch.randn(shape) * 0.01 for name, shape in tensor_names(plan).items()}
     ids = torch.randint(3, 1000, (given.batch, given.length), device=given.device)
+    tensors = biased(model, plan, drawn, ids, chances)
 
-    def prefill() -> None:
-        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    def prefill() -> float:
+        return timed(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1), given.device)
 
-    def decode() -> None:
-        model.generate(input_ids=ids[:1, :512], max_new_tokens=33, min_new_tokens=33, do_sample=False)
+    def decode() -> float:
+        cache = model(input_ids=ids[:1, :PROMPT], use_cache=True, logits_to_keep=1).past_key_values
 
-    def routed(run: Callable[[], None]) -> float:
-        hook = lots(chance, 0.0, 0)
-        with applied(model, plan, tensors), ExitStack() as stack:
-            for layer, unit in plan.routing.units if plan.routing else ():
-                router: Any = unit_modules(model, unit)[layer].router
-                stack.callback(router.register_forward_hook(hook((layer, unit))).remove)
-            return timed(run, given.device)
+        def steps() -> None:
+            for at in range(PROMPT, PROMPT + STEPS):
+                model(input_ids=ids[:1, at : at + 1], past_key_values=cache, use_cache=True)
 
-    for name, run in (("prefill", prefill), ("decode at batch 1", decode)):
-        timed(run, given.device), routed(run)  # warm
-        pairs = [(timed(run, given.device), routed(run)) for _ in range(given.repeats)]
-        yield {
-            "what": name, "shape": given.shape, "batch": given.batch if run is prefill else 1,
-            "length": given.length if run is prefill else 512, "dtype": str(model.dtype).removeprefix("torch."),
-            "dense_seconds": statistics.median(d for d, _ in pairs),
-            "routed_seconds": statistics.median(r for _, r in pairs),
-            "speedup": statistics.median(d / r for d, r in pairs),
-            "dense": f"Transformers, {model.config._attn_implementation}", "device": device_name(model.device),
-            "threads": torch.get_num_threads(),
-        }  # fmt: skip
+        return timed(steps, given.device) / STEPS
+
+    def routed(run: Callable[[], float], kernels: Any) -> float:
+        with applied(model, plan, tensors):
+            use_kernels(model, kernels)
+            return run()
+
+    ways = {"plain indexing": "reference"} | ({} if given.device == "cpu" else {"kernels": "auto"})
+    for name, run, decoding in (("prefill", prefill, False), ("decode step at batch 1", decode, True)):
+        runs: dict[Key, list[Tensor]] = {}
+
+        def note(layer: int, unit: Unit, run: Tensor, runs: dict[Key, list[Tensor]] = runs) -> None:
+            runs.setdefault((layer, unit), []).append(run.cpu())
+
+        for kernels in ways.values():
+            run(), routed(run, kernels)  # warm
+        with applied(model, plan, tensors), stepping(Step(decode=decoding, observe_paths=note)):
+            run()
+        away = {key: ~torch.cat(found[-STEPS:] if decoding else found, 1) for key, found in runs.items()}
+        rounds = [(run(), {way: routed(run, kernels) for way, kernels in ways.items()}) for _ in range(given.repeats)]
+        for way in ways:
+            yield {
+                "what": name, "routed": way, "shape": given.shape, "batch": 1 if decoding else given.batch,
+                "length": PROMPT if decoding else given.length, "dtype": str(model.dtype).removeprefix("torch."),
+                "dense_seconds": statistics.median(dense for dense, _ in rounds),
+                "routed_seconds": statistics.median(found[way] for _, found in rounds),
+                "speedup": statistics.median(dense / found[way] for dense, found in rounds),
+                "removed": None if decoding else costs.removed(away),
+                "away": {unit: mean_of(gone for key, gone in away.items() if key[1] == unit) for unit in UNITS},
+                "dense": f"Transformers, {model.config._attn_implementation}", "device": device_name(model.device),
+                "threads": torch.get_num_threads(),
+            }  # fmt: skip
+
+
+def mean_of(flags: Iterable[Tensor]) -> float:
+    """Share of those that are set."""
+    return float(torch.stack([flag.float().mean() for flag in flags]).mean())
+
+
+def scaled(chances: dict[Key, float], costs: UnitCosts, target: float) -> dict[Key, float]:
+    """Chances to be sent away, all times the factor by which ``target`` of the FLOPs is removed."""
+    saved = {key: float((cost - costs.forecaster).sum()) for key, cost in costs.removable.items()}
+    paid = len(costs.removable) * len(costs.total) * costs.router
+    low, high = 0.0, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = {key: min(1.0, chance * middle) for key, chance in chances.items()}
+        removed = (sum(found[key] * saved[key] for key in found) - paid) / float(costs.total.sum())
+        low, high = (middle, high) if removed < target else (low, middle)
+    return found
+
+
+def biased(
+    model: Any, plan: Plan, tensors: dict[str, Tensor], ids: Tensor, chances: dict[Key, float]
+) -> dict[str, Tensor]:
+    """The tensors with routers' biases by which each unit sends away its chance of these tokens, layer by layer."""
+
+    def hook_of(key: Key) -> Any:
+        def hook(router: Any, args: Any, scores: Tensor) -> Tensor:
+            cut = scores.float().flatten().sort().values[min(scores.numel() - 1, int(chances[key] * scores.numel()))]
+            router.linear.bias -= cut
+            return scores - cut
+
+        return hook
+
+    with applied(model, plan, tensors), ExitStack() as stack:
+        for layer, unit in plan.routing.units if plan.routing is not None else ():
+            router: Any = unit_modules(model, unit)[layer].router
+            stack.callback(router.register_forward_hook(hook_of((layer, unit))).remove)
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        return {name: tensor.detach().cpu().clone() for name, tensor in added_tensors(model).items()}
 
 
 def shaped(device: str) -> Any:

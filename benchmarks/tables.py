@@ -228,7 +228,11 @@ def routing(result: Mapping[str, Any]) -> str:
     lines = [*markdown(head, rows, 2), "", f"{on}, windows of {last['context']:,} tokens: {commands}."]
     for row in result["speed"]:
         where = f"{row['shape']}, {row['dtype']}, {row['batch']} x {row['length']:,} tokens, {row['device']}"
-        lines += ["", f"{row['what']}, {where}: {row['speedup']:.2f} times dense ({row['dense']}), `{row['command']}`."]
+        way = f", {row['routed']}" if "routed" in row else ""
+        lines += [
+            "",
+            f"{row['what']}{way}, {where}: {row['speedup']:.2f} times dense ({row['dense']}), `{row['command']}`.",
+        ]
     return "\n".join(lines)
 
 

@@ -206,6 +206,8 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
 
 def pass_data(kind: type[Pass]) -> dict[str, Any]:
     """A pass as JSON data."""
+    from sparsec.passes.base import in_words
+
     options = {
         name: {"default": field.get_default(call_default_factory=True), "help": field.description}
         for name, field in kind.model_fields.items()
@@ -216,7 +218,7 @@ def pass_data(kind: type[Pass]) -> dict[str, Any]:
         "summary": kind.summary,
         "source": kind.source,
         "after": list(kind.after),
-        "needs": list(kind.needs),
+        "needs": in_words(kind.needs),
         "options": options,
     }
 

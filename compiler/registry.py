@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from sparsec.compiler.quiet import one_line
 from sparsec.errors import UsageError
-from sparsec.passes.base import TIERS, Pass, Tier, met
+from sparsec.passes.base import TIERS, Pass, Tier, in_words, met, unmet
 from sparsec.plan import Plan, first_error
 
 GROUP = "sparsec.passes"
@@ -131,11 +131,12 @@ def check_needs(passes: Sequence[Pass], plan: Plan) -> None:
     """
     have = met(plan)
     for each in passes:
-        for need in each.needs:
-            if need not in have:
-                givers = [
-                    name for name, kind in known_passes().items() if need in kind.gives and need not in kind.needs
-                ]
-                others = f"add one of {', '.join(givers)} to --passes" if givers else "name another model or pass"
-                raise UsageError(f"{each.name} needs {need}: {others}")
+        for any_of in unmet(have, each.needs):
+            givers = [
+                name
+                for name, kind in known_passes().items()
+                if not set(any_of).isdisjoint(kind.gives) and set(any_of).isdisjoint(kind.needs)
+            ]
+            others = f"add one of {', '.join(givers)} to --passes" if givers else "name another model or pass"
+            raise UsageError(f"{each.name} needs {in_words((any_of,))[0]}: {others}")
         have |= set(each.gives)

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from sparsec.compiler.recipe import Gate, Recipe
 from sparsec.compiler.registry import known_passes
 from sparsec.compiler.thresholds import GoldenBounds, QualityBounds, SpeedBounds, Thresholds
+from sparsec.passes.base import in_words
 from sparsec.plan import Coarse, Dsa, Hisa, LayerPlan, Misa, ModelShape, PassRecord, Plan, Routing, Selector, Window
 
 THRESHOLDS: dict[str, type[BaseModel]] = {
@@ -73,7 +74,7 @@ def passes_table() -> str:
             kind.summary,
             kind.source,
             _names(kind.after),
-            _names(kind.needs),
+            _names(in_words(kind.needs)),
             _names(kind.gives),
         ]
         for name, kind in known_passes().items()

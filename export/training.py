@@ -25,9 +25,9 @@ def training(run: Mapping[str, Any]) -> str:
         "training",
         "Training the weights under the plan",
         paragraph(
-            f"The dense model teaches the sparse one: {kind} learn its most likely next tokens, the indexers stay "
-            f"fixed. On text and questions that no step trained on, the divergence (KL over the whole vocabulary) "
-            f"from the dense model was {before:.4f} nats a row before. {said}"
+            f"The dense model teaches the sparse one: {kind} learn its most likely next tokens, what the passes before "
+            f"added stays fixed. On text and questions that no step trained on, the divergence (KL over the whole "
+            f"vocabulary) from the dense model was {before:.4f} nats a row before. {said}"
         ),
         facts(
             [

@@ -19,8 +19,9 @@ from sparsec.events import Listener, silent
 from sparsec.plan import Plan, Strict
 
 Tier = Literal["training-free", "minutes", "hours"]
-# Split heads, indexers of any kind, a model that is dense and not changed yet, a DSA model.
-Need = Literal["heads", "indexers", "a dense model", "a model with indexers of its own"]
+# Split heads, indexers of any kind, routed units, a model that is dense and not changed yet, a DSA model.
+Need = Literal["heads", "indexers", "routing", "a dense model", "a model with indexers of its own"]
+Needs = tuple[Need | tuple[Need, ...], ...]  # all of them; of those in a tuple of their own, one
 TIERS: tuple[Tier, ...] = ("training-free", "minutes", "hours")
 
 
@@ -64,7 +65,7 @@ class Pass(Strict):
     source: ClassVar[str]  # the paper
     after: ClassVar[tuple[str, ...]] = ()  # passes that run earlier if they run at all
     conflicts: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[tuple[Need, ...]] = ()  # what the plan must have
+    needs: ClassVar[Needs] = ()  # what the plan must have
     gives: ClassVar[tuple[Need, ...]] = ()  # what the plan has afterwards
     trains: ClassVar[bool] = False  # changes base weights
     parallel: ClassVar[bool] = False  # run() divides its work among processes (sparsec.calibrate.ranks)
@@ -105,13 +106,24 @@ def met(plan: Plan) -> set[Need]:
     have: dict[Need, bool] = {
         "heads": any(layer.local for layer in plan.layers),
         "indexers": bool(plan.indexed()),
+        "routing": plan.routing is not None,
         "a dense model": plan.is_dense or is_start(plan),
         "a model with indexers of its own": plan.dsa is not None,
     }
     return {need for need, there in have.items() if there}
 
 
-def lacks(plan: Plan, needs: tuple[Need, ...]) -> list[Need]:
-    """What of ``needs`` the plan does not have."""
-    have = met(plan)
-    return [need for need in needs if need not in have]
+def unmet(have: set[Need], needs: Needs) -> list[tuple[Need, ...]]:
+    """What of ``needs`` is not there; each as what would do, any one of them."""
+    each = [(need,) if isinstance(need, str) else need for need in needs]
+    return [any_of for any_of in each if have.isdisjoint(any_of)]
+
+
+def in_words(needs: Needs) -> list[str]:
+    """Each of ``needs`` as a reader sees it."""
+    return [" or ".join(any_of) for any_of in unmet(set(), needs)]
+
+
+def lacks(plan: Plan, needs: Needs) -> list[str]:
+    """What of ``needs`` the plan does not have, in words."""
+    return in_words(tuple(unmet(met(plan), needs)))

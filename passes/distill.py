@@ -2,7 +2,8 @@
 
 RTPurbo's second stage (arXiv 2605.16928, "Low-cost Two-Stage Training"): self-distillation on the teacher's top 10
 tokens, projections frozen. It trains whatever plan the passes before it left: with or without shared indexes,
-rtpurbo's, razor's, or windows only. What the paper leaves open and what is chosen here: docs/passes/distill.md.
+rtpurbo's, razor's, windows only, or routed units alone (Informed Routing's third stage, routers and forecasters
+frozen). What the papers leave open and what is chosen here: docs/passes/distill.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sparsec.calibrate.teacher import TopK, identity, read_top_k, save_top_k, to
 from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, trainable
 from sparsec.errors import PlanError
 from sparsec.events import Event
-from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
+from sparsec.passes.base import Cost, Needs, Pass, PassResult, Program, Tier
 from sparsec.plan import Plan
 from sparsec.plugins.runtime import applied
 
@@ -55,7 +56,7 @@ class Distill(Pass):
         "indexcache",
         "informed-routing",
     )
-    needs: ClassVar[tuple[Need, ...]] = ("heads",)
+    needs: ClassVar[Needs] = (("heads", "routing"),)
     trains: ClassVar[bool] = True
     parallel: ClassVar[bool] = True
 
@@ -105,7 +106,10 @@ class Distill(Pass):
         """Ask the teacher once, train, keep the best. See :class:`sparsec.passes.base.Pass`."""
         plan, model, listen = program.plan, program.model, program.listen
         if plan.is_dense:
-            raise PlanError("distill has nothing to recover, the plan is dense: run rtpurbo, razor or window before it")
+            raise PlanError(
+                "distill has nothing to recover, the plan is dense: run rtpurbo, razor, window or informed-routing "
+                "before it"
+            )
         length = self._context(plan, calibration, int(model.config.max_position_embeddings))
         rows = min(self.rows, length // 4)
         tokens, asked = training_windows(

@@ -23,7 +23,7 @@ from sparsec.calibrate.unit_flops import Key, UnitCosts, unit_costs
 from sparsec.calibrate.unit_states import States, unit_states
 from sparsec.errors import PlanError, UsageError
 from sparsec.events import Event
-from sparsec.passes.base import Cost, Pass, PassResult, Program, Tier
+from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier
 from sparsec.plan import UNITS, Plan, Unit
 from sparsec.plugins.families import unit_modules
 from sparsec.plugins.routed_units import prefix
@@ -45,6 +45,7 @@ class InformedRouting(Pass):
     summary: ClassVar[str] = "forecast units' outputs for the tokens that routers send away"
     source: ClassVar[str] = "Informed Routing, arXiv 2510.13831"
     after: ClassVar[tuple[str, ...]] = ("dynamic-tokenization", "rtpurbo", "razor", "window", "indexcache")
+    gives: ClassVar[tuple[Need, ...]] = ("routing",)
 
     remove: float = Field(default=0.25, gt=0, lt=1, description="share of all units' FLOPs to remove, overheads paid")
     units: Literal["both", "attention", "mlp"] = Field(default="both", description="which of them are routed")

@@ -9,7 +9,6 @@ several decode rows is the row-exact simulation of as many decode steps. Only qu
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,12 +23,14 @@ from sparsec.plugins.cache import SparseLayer
 from sparsec.plugins.coarse import candidates, extended
 from sparsec.plugins.compensation import Dropped, compensated
 from sparsec.plugins.index_keys import Index, stored
-from sparsec.plugins.masked import ROWS, Picked, dense, gathered, picked_rows, windowed
+from sparsec.plugins.kernels.support import launching_on
+from sparsec.plugins.masked import ROWS, Picked, dense, gathered, windowed
 from sparsec.plugins.selector import Indexer, causal, select, unrotate
 
 if TYPE_CHECKING:
     from sparsec.plugins.kernels.blocks import Lists
     from sparsec.plugins.kernels.cache import KernelLayer, Tables
+    from sparsec.plugins.kernels.picked import Listed
 
 
 @dataclass
@@ -90,7 +91,7 @@ class LayerRuntime:
     evicted: Tensor  # local query heads on local KV heads
     windowed: Tensor  # local query heads on full KV heads
     retrieval: Tensor
-    picked: Picked | None = None  # this call's query rows, where they are not the last ones (routing.py)
+    picked: Picked | Listed | None = None  # this call's query rows, where they are not the last ones (routing.py)
     away: Tensor | None = None  # bool [batch, rows]: decode rows of this call that were routed away
     rope: tuple[Tensor, Tensor] | None = None  # this call's cos, sin
     cache: SparseLayer | KernelLayer | None = None  # this call's cache
@@ -135,6 +136,7 @@ def sparsec_attention(
     Args:
         module: the attention module; ``module.sparsec`` is its :class:`LayerRuntime`.
         query: [batch, heads, rows, head_dim]; key, value: [batch, KV heads, rows, head_dim], the new tokens only.
+            Where the module's runtime says which rows were picked, the query has those, in the picked ones' layout.
         attention_mask: bool [batch, tokens so far] or None; a native sliding layer gets Transformers' own mask.
 
     Returns:
@@ -159,7 +161,7 @@ def sparsec_attention(
         return _on_kernels(runtime, step, cache, query, key, value, attention_mask, scale), None
     past = cache.length if cache is not None else 0
     if step.positions is None or step.positions.shape[1] != past + key.shape[2]:
-        step.positions = token_numbers(attention_mask, query.shape[0], past + key.shape[2], query.device)
+        step.positions = token_numbers(attention_mask, key.shape[0], past + key.shape[2], query.device)
     pos = step.positions.to(query.device)
     out = torch.empty_like(query)
     _local(runtime, step, query, key, value, pos, scale, out)
@@ -186,8 +188,7 @@ def _on_kernels(
     if step.observe is not None or step.observe_prefill is not None or (step.decode and rows > 1):
         raise ValueError("kernels run one decode row at a time, unobserved: new_cache(model, kernels='reference')")
     out = torch.empty(q.shape[0], rows, *q.shape[1::2], dtype=q.dtype, device=q.device).transpose(1, 2)
-    # Triton launches on the current device, which is not the layer's where a model is spread over several.
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with launching_on(q):
         if step.decode:
             kernels.decode_step(rt, step, q, k, v, scale, out)
         else:
@@ -259,7 +260,7 @@ def _near(
         found: tuple[Tensor, Dropped] = compensated(q, k, v, heads, q_pos, k_pos, rt.plan, scale, dropped)
         return found
     if rt.picked is not None:
-        return picked_rows(q, k, v, heads, rt.picked, k_pos, scale, rt.plan), None
+        return rt.picked.attend(q, k, v, heads, k_pos, scale, rt.plan), None
     return windowed(q, k, v, heads, q_pos, k_pos, rt.plan, scale), None
 
 
@@ -285,10 +286,15 @@ def _full(
         out[:, rt.windowed], dropped = _near(rt, q[:, rt.windowed], k, v, heads, q_pos, pos, scale, dropped)
         if cache is not None and step.commit:
             cache.dropped = dropped
-    if len(rt.retrieval):
+    if rt.picked is None and rt.layer.index == "none" and len(rt.retrieval) == q.shape[1]:
+        out.copy_(dense(q, k, v, q_pos, pos, scale))  # the model's own attention: no head is taken out or repeated
+    elif len(rt.retrieval):
         heads = torch.searchsorted(rt.full_kv, rt.retrieval // group)
         if rt.picked is not None:
-            out[:, rt.retrieval] = picked_rows(q[:, rt.retrieval], k, v, heads, rt.picked, pos, scale)
+            if len(rt.retrieval) == q.shape[1]:  # all of them: nothing is sorted out
+                out.copy_(rt.picked.attend(q, k, v, heads, pos, scale))
+            else:
+                out[:, rt.retrieval] = rt.picked.attend(q[:, rt.retrieval], k, v, heads, pos, scale)
             return
         q, k, v = q[:, rt.retrieval], k[:, heads], v[:, heads]
         prompt = min(step.prompt, rows) if step.decode and rt.layer.index != "none" else rows

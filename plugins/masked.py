@@ -36,17 +36,28 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Ten
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, scale: float) -> Tensor:
-    """Causal attention over all real keys; k and v are repeated to q's heads. Tiled over rows."""
-    rows, keys = q.shape[2], k.shape[2]
+    """Causal attention over all real keys, tiled over rows.
+
+    q: [batch, heads, rows, dim]; k, v: [batch, heads, keys, dim], or the KV heads, each read by as many heads in order.
+    """
+    rows, keys, shared = q.shape[2], k.shape[2], k.shape[1] != q.shape[1]
+    if rows == 1 and shared:
+        # A KV head's query heads are its rows: nothing is repeated.
+        mask = causal(q_pos, k_pos) | (q_pos < 0)[:, None, :, None]
+        folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(q.shape)
     if rows == keys and bool((k_pos >= 0).all()):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, scale=scale, enable_gqa=shared)
     parts = []
     for start in range(0, rows, ROWS):
         seen = keys - rows + min(start + ROWS, rows)
         part_pos = q_pos[:, start : start + ROWS]
         mask = causal(part_pos, k_pos[:, :seen]) | (part_pos < 0)[:, None, :, None]
         part = q[:, :, start : start + ROWS]
-        parts.append(F.scaled_dot_product_attention(part, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=scale))
+        seen_k, seen_v = k[:, :, :seen], v[:, :, :seen]
+        parts.append(
+            F.scaled_dot_product_attention(part, seen_k, seen_v, attn_mask=mask, scale=scale, enable_gqa=shared)
+        )
     return torch.cat(parts, 2)
 
 
@@ -112,6 +123,9 @@ def banded(q: Tensor, k: Tensor, v: Tensor, heads: Tensor, size: int, sinks: int
     return found.reshape(batch, tiles, -1, tile, dim).transpose(1, 2).flatten(2, 3)[:, :, :rows]
 
 
+PICKED = 256  # rows a tile: a smaller one wastes less on keys that stand behind its first rows
+
+
 @dataclass(frozen=True)
 class Picked:
     """Query rows of a call that are not its last ones: those that a router lets run, in order of time."""
@@ -120,47 +134,36 @@ class Picked:
     ends: tuple[int, ...]  # by tile of PICKED rows: how many of the new tokens its rows may see
     new: int  # new tokens of the call
 
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: Tensor, k_pos: Tensor, scale: float, plan: Plan | None = None
+    ) -> Tensor:
+        """Causal attention of the picked rows; with a plan they see its sinks and window alone.
 
-PICKED = 256  # rows a tile: a smaller one wastes less on keys that stand behind its first rows
-
-
-def picked_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: Tensor,
-    picked: Picked,
-    k_pos: Tensor,
-    scale: float,
-    plan: Plan | None = None,
-) -> Tensor:
-    """Causal attention of picked rows; with a plan they see its sinks and window alone.
-
-    q: [batch, heads, rows, dim], the picked rows; k, v: [batch, KV heads, keys, dim], all keys so far or those that a
-    window may see, in order of time; heads: KV head of each query head; k_pos: [batch, keys] token numbers.
-    """
-    if not picked.ends:  # nobody runs: the cache is written, nothing is computed
-        return q
-    parts, keys = [], k.shape[2]
-    before = keys - picked.new
-    for tile, end in enumerate(picked.ends):
-        part_pos = picked.pos[:, tile * PICKED : (tile + 1) * PICKED]
-        seen = max(1, before + end)
-        if plan is None:
-            tile_k, tile_v = k[:, :, :seen], v[:, :, :seen]
-            mask = causal(part_pos, k_pos[:, :seen])
-        else:
-            assert plan.window is not None
-            size, sinks = plan.window.size, plan.window.sinks
-            index = reach(part_pos, k_pos, size, sinks, plan.min_context, seen)
-            tile_k, tile_v, j = k[:, :, index], v[:, :, index], k_pos[:, None, None, index]
-            t = part_pos[:, None, :, None]
-            mask = (j >= 0) & (j <= t) & ((t - j < size) | (j < sinks) | (t < plan.min_context))
-        mask = mask | (part_pos < 0)[:, None, :, None]
-        part = q[:, :, tile * PICKED : (tile + 1) * PICKED]
-        tile_k, tile_v = tile_k[:, heads], tile_v[:, heads]
-        parts.append(F.scaled_dot_product_attention(part, tile_k, tile_v, attn_mask=mask, scale=scale))
-    return torch.cat(parts, 2)
+        q: [batch, heads, rows, dim], the picked rows; k, v: [batch, KV heads, keys, dim], all keys so far or those that
+        a window may see, in order of time; heads: KV head of each query head; k_pos: [batch, keys] token numbers.
+        """
+        if not self.ends:  # nobody runs: the cache is written, nothing is computed
+            return q
+        parts, keys = [], k.shape[2]
+        before = keys - self.new
+        for tile, end in enumerate(self.ends):
+            part_pos = self.pos[:, tile * PICKED : (tile + 1) * PICKED]
+            seen = max(1, before + end)
+            if plan is None:
+                tile_k, tile_v = k[:, :, :seen], v[:, :, :seen]
+                mask = causal(part_pos, k_pos[:, :seen])
+            else:
+                assert plan.window is not None
+                size, sinks = plan.window.size, plan.window.sinks
+                index = reach(part_pos, k_pos, size, sinks, plan.min_context, seen)
+                tile_k, tile_v, j = k[:, :, index], v[:, :, index], k_pos[:, None, None, index]
+                t = part_pos[:, None, :, None]
+                mask = (j >= 0) & (j <= t) & ((t - j < size) | (j < sinks) | (t < plan.min_context))
+            mask = mask | (part_pos < 0)[:, None, :, None]
+            part = q[:, :, tile * PICKED : (tile + 1) * PICKED]
+            tile_k, tile_v = tile_k[:, heads], tile_v[:, heads]
+            parts.append(F.scaled_dot_product_attention(part, tile_k, tile_v, attn_mask=mask, scale=scale))
+        return torch.cat(parts, 2)
 
 
 def reach(q_pos: Tensor, k_pos: Tensor, size: int, sinks: int, min_context: int, seen: int) -> Tensor:

@@ -77,9 +77,9 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in x's dtype."""
-        return F.linear(x, *self._in(x))
+        return F.linear(x, *self.cast(x))
 
-    def _in(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def cast(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The parameters in x's dtype, cast once."""
         if x.dtype == self.weight.dtype or self.weight.requires_grad:
             return self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
@@ -114,15 +114,38 @@ class Router(nn.Module):
         self.linear = Affine(tensors["linear.weight"], tensors["linear.bias"])
         self.inner = Affine(tensors["inner.weight"], tensors["inner.bias"]) if "inner.weight" in tensors else None
         self.out = Affine(tensors["out.weight"], None) if self.inner is not None else None
+        self.copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
-    @torch.autocast("cuda", enabled=False)
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [...], float32 whatever x is: a decision must not hang on a rounded score."""
-        x = x.float()
-        score: Tensor = self.linear(x)
-        if self.inner is not None and self.out is not None:
-            score = score + self.out(F.relu(self.inner(x)))
-        return score[..., 0]
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._score(x.float())
+        return self._score(x.float())
+
+    def _score(self, x: Tensor) -> Tensor:
+        if self.linear.weight.requires_grad:
+            score = self.linear(x)
+            if self.inner is not None and self.out is not None:
+                score = score + self.out(F.relu(self.inner(x)))
+            return score[..., 0]  # type: ignore[no-any-return]
+        weight, bias, factors = self.stacked()
+        parts = F.linear(x, weight, bias)
+        return parts[..., 0] + F.relu(parts[..., 1:]) @ factors if len(factors) else parts[..., 0]
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All that reads the state as one product: weight [1 + hidden, width], bias [1 + hidden], factors [hidden].
+
+        Put together once: a router that runs does not learn.
+        """
+        device = self.linear.weight.device
+        if device not in self.copies:
+            parts = [self.linear] + ([self.inner] if self.inner is not None else [])
+            weights: list[Tensor] = [part.weight for part in parts]
+            biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
+            factors = self.out.weight[0] if self.out is not None else self.linear.weight.new_zeros(0)
+            self.copies[device] = (torch.cat(weights), torch.cat(biases), factors.contiguous())
+        return self.copies[device]
 
 
 def parts_of(

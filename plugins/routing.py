@@ -22,7 +22,7 @@ from sparsec.errors import PlanError
 from sparsec.plan import Plan, Routing, Unit
 from sparsec.plugins.attention import Step, sparsec_attention, token_numbers
 from sparsec.plugins.families import family_of, unit_modules
-from sparsec.plugins.masked import PICKED, Picked
+from sparsec.plugins.routed_paths import Paths
 from sparsec.plugins.routed_units import Forecaster, Router, parts_of, prefix
 from sparsec.plugins.selector import rotate
 
@@ -39,6 +39,7 @@ class UnitRuntime:
     whole: Any  # the module's own forward
     fused: bool  # q, k and v come out of one projection
     step: Step | None = None
+    kernels: bool = False  # Triton's decide, gather, forecast and scatter
 
     def runs(self, x: Tensor) -> Tensor:
         """bool [batch, rows]: which tokens run the unit; x: [batch, rows, width], its input."""
@@ -52,12 +53,14 @@ class UnitRuntime:
             step.observe_paths(self.layer, self.unit, run)
         return run
 
-    def forecast(self, flat: Tensor, off: Tensor) -> Tensor:
-        """[tokens, width]: forecasts in the rows ``off``, zero elsewhere."""
-        out = torch.zeros_like(flat)
-        if self.forecaster is None or not len(off):
-            return out
-        return out.index_copy(0, off, self.forecaster(flat[off]).to(out.dtype))
+    def decide(self, x: Tensor) -> Paths:
+        """Who of [batch, rows] runs the unit; x: [batch, rows, width]."""
+        if not self.kernels or x.requires_grad:
+            return Paths(self.runs(x), self.forecaster)
+        from sparsec.plugins.kernels.paths import ListedPaths
+
+        found: Paths = ListedPaths(self, x)
+        return found
 
 
 def check_routing(model: nn.Module, plan: Plan) -> None:
@@ -144,19 +147,20 @@ def note_tokens(step: Step, routing: Routing, ids: Tensor | None, mask: Any, sha
     step.keep = (pos >= 0) & (pos < routing.sinks)
     if ids is not None and routing.special:
         step.keep = step.keep | torch.isin(ids, torch.tensor(routing.special, device=ids.device))
-    step.real = pos >= 0 if flat is not None else None
+    # A mask that masks nothing is asked about once a call, rather than looked at in every unit.
+    step.real = pos >= 0 if flat is not None and not bool(flat.all()) else None
 
 
 def routed_mlp(module: Any, x: Tensor) -> Tensor:
     """An MLP's forward. x: [batch, rows, width]."""
     rt: UnitRuntime = module.sparsec_route
-    on, off = _split(rt.runs(x))
-    if not len(off):
+    paths = rt.decide(x)
+    if paths.everyone:
         return rt.whole(x)  # type: ignore[no-any-return]
     flat = x.flatten(0, 1)
-    out = rt.forecast(flat, off)
-    if len(on):
-        out = out.index_copy(0, on, rt.whole(flat[on]))
+    out = paths.forecast(flat)
+    if paths.count:
+        out = paths.put(out, rt.whole(flat[paths.on]))
     return out.view(x.shape)
 
 
@@ -170,10 +174,9 @@ def routed_attention(
 ) -> tuple[Tensor, None]:
     """An attention module's forward. hidden_states: [batch, rows, width]; the others are Transformers'."""
     rt: UnitRuntime = module.sparsec_route
-    run = rt.runs(hidden_states)
-    on, off = _split(run)
+    paths = rt.decide(hidden_states)
     given = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
-    if not len(off):
+    if paths.everyone:
         return rt.whole(hidden_states, position_embeddings=position_embeddings, **given)  # type: ignore[no-any-return]
     assert position_embeddings is not None
     batch, rows, _ = hidden_states.shape
@@ -181,29 +184,29 @@ def routed_attention(
     k, v = keys_values(module, hidden_states, rt.fused)
     k = rotate(k, cos[:, None], sin[:, None])
     flat = hidden_states.flatten(0, 1)
-    out = rt.forecast(flat, off)
+    out = paths.forecast(flat)
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, module.layer_idx)
-    q = k.new_zeros(0, k.shape[-1])
-    if len(on):
+    state, decode = module.sparsec, rt.step is not None and rt.step.decode
+    q = k.new_zeros(0, state.plan.model.heads, k.shape[-1])
+    if paths.count:
+        on = paths.on
         q = queries(module, flat[on], rt.fused)
         q = rotate(q, cos.flatten(0, 1)[on][:, None], sin.flatten(0, 1)[on][:, None])
-    state, decode = module.sparsec, rt.step is not None and rt.step.decode
+    places: Tensor | slice
     try:
-        if len(on) and (decode or rows == 1):
+        if paths.count and (rows == 1 or (decode and state.layer.index != "none")):
             # Choices of decode rows are made row by row, in the places that the rows have.
-            places, wide = on, rows
-            state.away = ~run
+            block, places = paths.block(q, paths.on, batch, rows), paths.on
+            state.away = ~paths.run
         else:
-            state.picked, places, wide = _pick(run, on, _numbers(rt, past_key_values, attention_mask, hidden_states))
-        full = q.new_zeros(batch * wide, state.plan.model.heads, k.shape[-1])
-        full = full.index_copy(0, places, q) if len(on) else full
-        full = full.view(batch, wide, *full.shape[1:]).transpose(1, 2)
-        found, _ = sparsec_attention(module, full, k, v, attention_mask, scaling=module.scaling)
+            numbers = partial(_numbers, rt, past_key_values, attention_mask, hidden_states)
+            state.picked, block, places = paths.pick(q, numbers)
+        found, _ = sparsec_attention(module, block, k, v, attention_mask, scaling=module.scaling)
     finally:
         state.picked = state.away = None
-    if len(on):
-        out = out.index_copy(0, on, module.o_proj(found.flatten(2).flatten(0, 1)[places]))
+    if paths.count:
+        out = paths.put(out, module.o_proj(found.flatten(2).flatten(0, 1)[places]))
     return out.view(hidden_states.shape), None
 
 
@@ -239,32 +242,11 @@ def _rows(linear: Any, x: Tensor, rows: slice) -> Tensor:
     return F.linear(x, linear.weight[rows], linear.bias[rows] if linear.bias is not None else None)
 
 
-def _split(run: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the tokens that run and of those that do not, of all [batch, rows] as one row."""
-    flat = run.flatten()
-    return flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
-
-
 def _numbers(rt: UnitRuntime, cache: Any, mask: Tensor | None, x: Tensor) -> Tensor:
     """Token numbers of the call's rows: [batch, rows]."""
     batch, rows, _ = x.shape
     past = cache.layers[rt.layer].length if cache is not None else 0
     return token_numbers(mask, batch, past + rows, x.device)[:, past:]
-
-
-def _pick(run: Tensor, on: Tensor, pos: Tensor) -> tuple[Picked, Tensor, int]:
-    """The rows that run as one padded block: who they are, their places in it, and its rows."""
-    batch, rows = run.shape
-    counts = run.sum(1)
-    wide = int(counts.max())
-    order = (run.cumsum(1) - 1).flatten()[on]
-    places = on // rows * wide + order
-    numbers = torch.full((batch * wide,), -1, dtype=torch.long, device=run.device)
-    columns = torch.zeros_like(numbers)
-    numbers[places] = pos.flatten()[on]
-    columns[places] = on % rows + 1
-    ends: Any = F.pad(columns.view(batch, wide).amax(0), (0, -wide % PICKED)).view(-1, PICKED).amax(1) if wide else []
-    return Picked(numbers.view(batch, wide), tuple(map(int, ends)), rows), places, wide
 
 
 def _forward_of(module: nn.Module) -> str:

@@ -27,7 +27,7 @@ from sparsec.plugins import dsa, merged_writing, vocabulary
 from sparsec.plugins.attention import Step, layer_runtime, sparsec_attention
 from sparsec.plugins.cache import PlanLayer, SparseLayer
 from sparsec.plugins.families import attention_modules, native_local_layers, shape_of
-from sparsec.plugins.kernels.support import Kernels, chosen
+from sparsec.plugins.kernels.support import Kernels, chosen, routes
 from sparsec.plugins.routed_units import routing_names
 from sparsec.plugins.routing import check_routing, install_routing, note_tokens, routing_tensors, uninstall_routing
 from sparsec.plugins.selector import Indexer
@@ -132,12 +132,18 @@ def install(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:
     """What calls with a cache run on from now on: ``reference``, ``triton``, or ``auto``: Triton on GPUs where it can.
 
+    Routed units run on Triton in all calls then; their heads and caches on the reference.
+
     Raises:
         UsageError: ``triton`` is demanded and cannot run, with the reason.
     """
     first = next(model.parameters())
-    chosen(kernels, model.sparsec_plan, first.device, first.dtype)  # type: ignore[arg-type]
-    object.__setattr__(model.get_decoder(), "sparsec_kernels", kernels)  # type: ignore[operator]
+    plan: Plan = model.sparsec_plan  # type: ignore[assignment]
+    chosen(kernels, plan, first.device, first.dtype)
+    decoder = model.get_decoder()  # type: ignore[operator]
+    object.__setattr__(decoder, "sparsec_kernels", kernels)
+    for unit in decoder.sparsec_routed:
+        unit.kernels = routes(kernels, plan, first.device, first.dtype)
 
 
 def _install_heads(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> list[Any]:

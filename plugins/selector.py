@@ -53,7 +53,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotary = cos.shape[-1]
     part, half = x[..., :rotary], rotary // 2
     turned = torch.cat((-part[..., half:], part[..., :half]), dim=-1)
-    return torch.cat((part * cos + turned * sin, x[..., rotary:]), dim=-1)
+    found = part * cos + turned * sin
+    return found if rotary == x.shape[-1] else torch.cat((found, x[..., rotary:]), dim=-1)
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ PARSED = {  # minutes of work: name, options and their types are checked
     "sparsec export out/demo --to headwise -o out/headwise",
     "sparsec compile demo --passes informed-routing --set gate.max_loss=0.5 -o out/routed",
     "sparsec compile demo --passes rtpurbo,indexcache,informed-routing --set gate.max_loss=0.5 -o out/both",
+    "sparsec compile demo --passes informed-routing,distill --tier minutes --set gate.max_loss=0.5 -o out/healed",
     "sparsec verify out/demo --gate gate.yaml --against out/released --junit verify.xml --markdown verify.md",
     "sparsec diff out/released out/demo",
     "sparsec bench out/demo --contexts 1024,2048,4096 -o bench.json",

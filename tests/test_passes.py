@@ -79,9 +79,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**MERGED, "prediction": "hybrid", "boundary": "pretoken"},
     ),
     "distill with LoRA": ("distill", DISTILL),
+    "distill under routing alone": ("distill", {**DISTILL, "lora_rank": 8}),
     "distill all weights": ("distill", {**DISTILL, "weights": "all", "rest": False, "checkpointing": True}),
 }
 BEFORE = {"indexcache": ["rtpurbo"], "distill": ["rtpurbo"], "informed-routing": ["rtpurbo"]}
+ALONE = "routing alone"  # rows whose plan routes and does nothing else
+BEFORE[ALONE] = ["informed-routing"]
+GIVEN = {"informed-routing": {**ROUTING, "epochs": 0, "steps": 0}}  # to passes that run before
 FREE = ("window",)  # these run no model
 OWN = "own indexers"  # rows that run on a model that has some
 
@@ -89,6 +93,8 @@ OWN = "own indexers"  # rows that run on a model that has some
 def program_of(row: str) -> str:
     """The name under which ``prepared`` has a row's program."""
     name = CASES[row][0]
+    if ALONE in row:
+        return ALONE
     return OWN if OWN in row or name in ("hisa", "misa") else name
 
 
@@ -126,7 +132,7 @@ def prepared(
             given = opened(tiny_dsa) if name == OWN else model
             program = Program(given, base_plan(given.config, "test"), {}, seed=3)
             for before in BEFORE.get(name, []):
-                result = make(before).run(program, calibration)
+                result = make(before, **GIVEN.get(before, {})).run(program, calibration)
                 program = Program(model, result.plan, result.tensors, seed=3)
             done[name] = program
         return done[name]

@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, Phi3Config, Qwe
 
 from sparsec.errors import PlanError, SourceError, UsageError
 from sparsec.plan import Plan
+from sparsec.plugins import runtime as runtime_of_plans
 from sparsec.plugins.attention import Step
 from sparsec.plugins.families import base_plan, unit_modules
+from sparsec.plugins.kernels.support import interpreted
 from sparsec.plugins.routed_units import is_added
+from sparsec.plugins.routing import UnitRuntime, install_routing
 from sparsec.plugins.runtime import added_tensors, applied, new_cache, rows_as, stepping, tensor_names, use_kernels
 
 SIZES: dict[str, Any] = {
@@ -63,6 +66,24 @@ def drawn(plan: Plan, bias: float = 0.0, seed: int = 0) -> dict[str, Tensor]:
         if ".router." in name and name.endswith("weight"):
             tensor.mul_(3)
     return found
+
+
+@pytest.fixture(params=["plain", "kernels"], autouse=True)
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of this file twice: by PyTorch's indexing, and on Triton's kernels in its interpreter."""
+    if request.param == "plain":
+        return
+    pytest.importorskip("triton")
+    if not interpreted():
+        pytest.skip("the models here are on the CPU: Triton has to interpret")
+
+    def install(*args: Any) -> list[UnitRuntime]:
+        found = install_routing(*args)
+        for runtime in found:
+            runtime.kernels = True
+        return found
+
+    monkeypatch.setattr(runtime_of_plans, "install_routing", install)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,12 @@ log = logging.getLogger("sparsec")
 
 def reason_against(plan: Plan, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run this plan there; None: they can."""
+    fp8 = plan.selector is not None and plan.selector.index_dtype == "fp8"
+    return reason_there(device, dtype, fp8=fp8) or reason_in(plan)
+
+
+def reason_there(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> str | None:
+    """Why no plan's kernels run there; None: they do. fp8: index keys are stored in it."""
     if (old := triton_missing()) is not None:
         return old
     if not interpreted():
@@ -32,14 +39,13 @@ def reason_against(plan: Plan, device: torch.device, dtype: torch.dtype) -> str 
             return f"the kernels need a CUDA GPU, the model is on {device.type}"
         import torch
 
-        fp8 = plan.selector is not None and plan.selector.index_dtype == "fp8"
         if torch.cuda.get_device_capability(device) < (least := (8, 9) if fp8 else (8, 0)):
             needed = f"compute capability {least[0]}.{least[1]} or higher{' for index keys in fp8' * fp8}"
             return f"the kernels need {needed}, {torch.cuda.get_device_name(device)} has less"
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         return f"the kernels take {', '.join(DTYPES)}, the model is {name}"
-    return reason_in(plan)
+    return None
 
 
 def reason_in(plan: Plan) -> str | None:
@@ -47,7 +53,7 @@ def reason_in(plan: Plan) -> str | None:
     if plan.dsa is not None:
         return "the model has indexers of its own: Transformers runs it, there are no kernels for it yet"
     if plan.routing is not None:
-        return "the plan routes tokens: only the reference does that, where it gathers, computes and scatters"
+        return "the plan routes tokens: kernels gather, forecast and scatter there, the reference runs heads and caches"
     if plan.model.head_dim > LARGEST_HEAD:
         return f"the kernels take heads of up to {LARGEST_HEAD} dimensions, the model has {plan.model.head_dim}"
     if plan.window is not None and plan.window.compensate:
@@ -83,6 +89,13 @@ def triton_missing() -> str | None:
     return None
 
 
+def launching_on(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which is not a layer's where a model is spread over several."""
+    import torch
+
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def interpreted() -> bool:
     """Triton runs its kernels on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -104,6 +117,12 @@ def chosen(kernels: Kernels, plan: Plan, device: torch.device, dtype: torch.dtyp
     if device.type == "cuda":
         _warn(against)
     return False
+
+
+def routes(kernels: Kernels, plan: Plan, device: torch.device, dtype: torch.dtype) -> bool:
+    """Do the plan's routed units run on kernels? Its heads and caches are another question: :func:`chosen`."""
+    wanted = plan.routing is not None and kernels != "reference" and device.type == "cuda"
+    return wanted and plan.model.head_dim <= LARGEST_HEAD and reason_there(device, dtype) is None
 
 
 @cache
