@@ -266,6 +266,7 @@ def speed(given: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[st
     rates = next(
         row["rates"] for row in reversed(result["runs"]) if row["system"] == "informed" and row["target"] == 0.25
     )
+    torch.manual_seed(0)
     model = opened(given)[0] if given.shape == "demo" else shaped(given.device)
     base, width = base_plan(model.config, "benchmark"), int(model.config.hidden_size)
     layers, measured = base.model.layers, max(int(name.split()[1]) for name in rates) + 1
