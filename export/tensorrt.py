@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from sparsec.errors import ArtifactError, UsageError
+from sparsec.errors import ArtifactError, PlanError, UsageError
 from sparsec.events import Event, Listener, silent
 from sparsec.export.artifact import check_room, write_json
 from sparsec.export.aside import filling
@@ -91,9 +91,11 @@ def export_tensorrt(
         PlanError: the engines cannot mean the plan.
         ArtifactError: no artifact, no room, or the library refuses the graphs, with its reason.
     """
+    plan, options = read_plan(artifact), options or Options()
+    if plan.dsa is not None:
+        raise PlanError("engines of models with indexers of their own are not built yet: use --to onnx")
     name, trt = flavour_of(flavour)
     check_packages()
-    plan, options = read_plan(artifact), options or Options()
     plugins = name == "tensorrt" if plugins is None else plugins
     if profile is not None and profile.rows[2] > slots:
         raise UsageError(

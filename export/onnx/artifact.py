@@ -89,7 +89,7 @@ def write_graphs(
     ``slots``: as in :func:`~sparsec.export.onnx.graph.trace`; ``plugins``, where there are slots: decode attention is
     divided into the operators that are plugins of TensorRT; without, a decode row reads all keys under masks.
     """
-    from sparsec.export.onnx import files, graph
+    from sparsec.export.onnx import dsa, files, graph
     from sparsec.export.onnx.functions import DOMAIN, IR, OPSET, VERSION
 
     plan = model.sparsec_plan
@@ -136,6 +136,7 @@ def write_graphs(
         "eos": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
         "suppress": _ranges(model.generation_config.suppress_tokens or ()),
         **({"routing": MASKED} if plan.routing is not None else {}),
+        **({"choice": note} if plan.dsa is not None and (note := dsa.masked(plan.dsa)) else {}),
         "operators_used": operators,
         "signature": signature,
         "versions": {name: version(name) for name in ("torch", "transformers", *PACKAGES)},
