@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsec.plan import Selector
+from sparsec.plugins.kernels.support import MOST_ITEMS
 from sparsec.plugins.selector import TIE
 
-LARGEST = 32768  # items a head: 2M tokens in blocks of 64
 PASSES = 7  # each leaves an eighth
+SLACK = -math.log1p(-TIE)  # what counts as a tie, between values
 TILE, WARP, LINE = 512, 64, 4096  # items that a search reads at once, a warp of it reads, and a list is made of at once
 
 
@@ -83,19 +84,12 @@ def _narrowed_to(
 
 
 @triton.jit
-def _search_held(
-    values, lengths, scored, items,
-    totals, edges, lists, counts,
-    P: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, MIN_CONTEXT: tl.constexpr,
-    ITEM: tl.constexpr, TILE: tl.constexpr, LINE: tl.constexpr, PASSES: tl.constexpr,
-    SLACK: tl.constexpr, LIST: tl.constexpr,
+def edges_of(
+    at, here, n,
+    P: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, ITEM: tl.constexpr,
+    TILE: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Program (scored head, sequence). LIST: the head's own set is written down too, LINE items at a time."""
-    h, b = tl.program_id(0), tl.program_id(1)
-    n = tl.load(lengths + b) + 1
-    here = tl.cdiv(n, ITEM)
-    line = (b * scored + h).to(tl.int64)
-    at = values + line * items
+    """The log of all weights of the ``here`` items at ``at``, the edge of the top-p set, and that of the floor."""
     i = tl.arange(0, TILE)
     tops = tl.full([TILE], float("-inf"), tl.float32)
     lows = tl.full([TILE], float("inf"), tl.float32)
@@ -117,6 +111,24 @@ def _search_held(
         if MIN_KEEP > 0:
             low_far = _narrowed_to(at, here, n, lse, low_far, step, MIN_KEEP, SINKS, RECENT, True, ITEM, TILE)
         step = step / 8
+    return lse, low, low_far
+
+
+@triton.jit
+def _search_held(
+    values, lengths, scored, items,
+    totals, edges, lists, counts,
+    P: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, MIN_CONTEXT: tl.constexpr,
+    ITEM: tl.constexpr, TILE: tl.constexpr, LINE: tl.constexpr, PASSES: tl.constexpr,
+    SLACK: tl.constexpr, LIST: tl.constexpr,
+):  # fmt: skip
+    """Program (scored head, sequence). LIST: the head's own set is written down too, LINE items at a time."""
+    h, b = tl.program_id(0), tl.program_id(1)
+    n = tl.load(lengths + b) + 1
+    here = tl.cdiv(n, ITEM)
+    line = (b * scored + h).to(tl.int64)
+    at = values + line * items
+    lse, low, low_far = edges_of(at, here, n, P, SINKS, RECENT, MIN_KEEP, ITEM, TILE, PASSES)
     tl.store(totals + line, lse)
     tl.store(edges + line * 2, low)
     tl.store(edges + line * 2 + 1, low_far)
@@ -170,7 +182,7 @@ def _union(
 
 def fits(items: int) -> bool:
     """So many items a head are few enough."""
-    return items <= LARGEST
+    return items <= MOST_ITEMS
 
 
 def kept(
@@ -194,7 +206,7 @@ def kept(
     own = selector.scope == "head" and selector.top_p < 1
     options = {
         "SINKS": selector.sinks, "RECENT": selector.recent, "MIN_KEEP": -(-selector.min_keep // item),
-        "MIN_CONTEXT": min_context, "ITEM": item, "SLACK": -math.log1p(-TIE),
+        "MIN_CONTEXT": min_context, "ITEM": item, "SLACK": SLACK,
     }  # fmt: skip
     if selector.top_p < 1:
         _search_held[scored, batch](
