@@ -329,7 +329,7 @@ def only(ptx: str, entry: str, count: int) -> str:
 
 
 def _tile(dim: int) -> dict[str, int]:
-    return {"DIM": dim, "BLOCK_D": _power(dim)}
+    return {"DIM": dim, "BLOCK_D": max(16, _power(dim))}  # tensor cores multiply no less
 
 
 def _power(size: int) -> int:
