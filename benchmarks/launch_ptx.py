@@ -2,8 +2,8 @@
 
     python benchmarks/launch_ptx.py
 
-Each tactic of local and of retrieval heads, float16, beside PyTorch in float32; prints the largest difference and the
-median time of a step, launching from Python included. Under a minute.
+Each tactic of local and of retrieval heads and of what chooses, float16, beside PyTorch in float32; prints the largest
+difference and the median time of a step, launching from Python included. Under a minute.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from sparsec.plan import Selector
 from sparsec.plugins.ahead import OPERATORS, TACTICS, compiled
 from sparsec.plugins.driver import launch
+from sparsec.plugins.selector import select
 
 BATCH, HEADS, KV, DIM, SLOTS, LENGTH = 2, 32, 8, 128, 8192, 8000
 NEAR = {"window": 512, "sinks": 4, "min_context": 516, "scale": DIM**-0.5, "shares": 3}
@@ -51,6 +53,29 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tens
     return found
 
 
+def choosing(lengths: torch.Tensor, block: int, tactic: int) -> tuple[float, float]:
+    """Share of tokens on which the selector's kernels and the reference differ, and the median of a step, seconds."""
+    heads, rank, device = 6, 16, lengths.device
+    queries = torch.randn(BATCH, heads, 1, rank, device=device)
+    index = torch.randn(BATCH, heads, SLOTS, rank, device=device, dtype=torch.float16)
+    how: dict[str, Any] = {"top_p": 0.9, "sinks": 4, "recent": 64, "min_keep": 64, "block": block}
+    kind = "block" if block > 1 else "token"
+    selector = Selector.model_validate({**how, "rank": rank, "rope": "post", "granularity": kind, "scope": "head"})
+    sizes, more = {"block": block, "items": -(-SLOTS // block)}, {**how, "min_context": 512, "slots": SLOTS}
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        (values,) = run("ScoreItems", [queries, index, lengths], sizes, tactic)
+        (kept,) = run("KeepItems", [values, lengths], more, tactic)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    scores = queries @ index.float().transpose(2, 3)
+    slots = torch.arange(SLOTS, device=device).expand(BATCH, -1)
+    expected = select(scores, lengths[:, None], slots, selector, 512)[:, :, 0]
+    return float((kept != expected).float().mean()), statistics.median(times)
+
+
 def main() -> int:
     """Run all; 1 where a difference is too large."""
     torch.manual_seed(0)
@@ -83,6 +108,10 @@ def main() -> int:
             error = float((found.float() - expected(q, k, v, seen)).abs().max())
             worst = max(worst, error)
             print(f"{name:14} tactic {tactic}  error {error:.1e}  {statistics.median(times) * 1e6:.0f} us")
+        for block in (1, 64):
+            differ, seconds = choosing(lengths, block, tactic)
+            worst = max(worst, differ)
+            print(f"choosing by {block:2} tactic {tactic}  differ {differ:.1e}  {seconds * 1e6:.0f} us")
     return int(worst > 5e-3)
 
 

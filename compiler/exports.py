@@ -86,6 +86,5 @@ def export_lines(artifact: Path, made: dict[str, Any]) -> list[str]:
         folder = artifact / target
         size = sum(file.stat().st_size for file in folder.iterdir())
         lines.append(f"{folder}: {size / 2**20:.0f} MiB, {facts['dtype']}, {', '.join(facts['files'])}")
-        if "routing" in facts:
-            lines.append(f"routing is {facts['routing']}")
+        lines += [f"{name} is {facts[name]}" for name in ("routing", "choice") if name in facts]
     return lines

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from sparsec.errors import ArtifactError, UsageError
+from sparsec.errors import ArtifactError, PlanError, UsageError
 from sparsec.events import Event, Listener, silent
 from sparsec.export.artifact import check_room, write_json
 from sparsec.export.aside import filling
@@ -26,7 +26,7 @@ from sparsec.export.onnx.files import KINDS
 from sparsec.export.tensorrt_options import RTX_CAPABILITIES, Options, Profile
 from sparsec.layout import read_plan, sha256
 from sparsec.plugins.ahead import NAMESPACE, OPERATORS, Use, compiled
-from sparsec.plugins.kernels.support import triton_missing
+from sparsec.plugins.kernels.support import MOST_ITEMS, triton_missing
 from sparsec.plugins.load import load
 from sparsec.plugins.onnx_runner import MANIFEST
 
@@ -91,9 +91,11 @@ def export_tensorrt(
         PlanError: the engines cannot mean the plan.
         ArtifactError: no artifact, no room, or the library refuses the graphs, with its reason.
     """
+    plan, options = read_plan(artifact), options or Options()
+    if plan.dsa is not None:
+        raise PlanError("engines of models with indexers of their own are not built yet: use --to onnx")
     name, trt = flavour_of(flavour)
     check_packages()
-    plan, options = read_plan(artifact), options or Options()
     plugins = name == "tensorrt" if plugins is None else plugins
     if profile is not None and profile.rows[2] > slots:
         raise UsageError(
@@ -107,10 +109,10 @@ def export_tensorrt(
     capabilities = capabilities or RTX_CAPABILITIES
     if plugins and (missing := triton_missing()) is not None:
         raise UsageError(f"plugins are Triton's kernels. {missing}")
-    if plan.selector is not None and plan.selector.granularity == "token" and slots > MOST_RANKED:
-        raise UsageError(
-            f"TensorRT ranks {MOST_RANKED} tokens at most, not {slots}: use fewer --slots, or select=block"
-        )
+    ranked = MOST_ITEMS if plugins else MOST_RANKED
+    if plan.selector is not None and plan.selector.granularity == "token" and slots > ranked:
+        by = "the plugins rank" if plugins else "TensorRT ranks"
+        raise UsageError(f"{by} {ranked} tokens at most, not {slots}: use fewer --slots, or select=block")
     if name == "rtx" and (odd := sorted(set(capabilities) - set(RTX_CAPABILITIES))):
         known = ", ".join(map(str, RTX_CAPABILITIES))
         raise UsageError(

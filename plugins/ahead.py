@@ -23,6 +23,8 @@ TYPES = {**FLOATS, "int32": "*i32", "int64": "*i64", "bool": "*i8"}
 # PTX that drivers of the time of a GPU read; Blackwell is new in 8.7.
 PTX = {80: 83, 86: 83, 89: 83, 90: 83, 100: 87, 120: 87}
 
+CHUNK = 1024  # tokens that a program scores
+
 Kind = Literal["int", "float", "ints"]
 
 
@@ -168,12 +170,55 @@ class Combine(Operator):
         return {**_tile(int(inputs[0][3])), "STEP": 16}
 
 
+class Score(Operator):
+    """Items of the selector: queries [batch, heads, 1, rank], index [batch, heads, slots, rank]."""
+
+    def shapes(self, inputs: Sequence[Sequence[Any]], attributes: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        return [(inputs[0][0], inputs[0][1], int(attributes["items"]))]
+
+    def launch(self, inputs: Sequence[Sequence[Any]], attributes: Mapping[str, Any]) -> Launch:
+        batch, heads, slots, _ = inputs[1]
+        items, block = int(attributes["items"]), int(attributes["block"])
+        return Launch((-(-items * block // CHUNK), heads, batch), (heads, slots, items))
+
+    def constants(self, inputs: Sequence[Sequence[Any]], attributes: Mapping[str, Any], how: Tactic) -> dict[str, Any]:
+        rank = int(inputs[0][3])
+        return {"RANK": rank, "BLOCK_R": _power(rank), "ITEM": int(attributes["block"]), "CHUNK": CHUNK}
+
+
+class Keep(Operator):
+    """What a head keeps of its items: values [batch, heads, items]."""
+
+    def shapes(self, inputs: Sequence[Sequence[Any]], attributes: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        return [(inputs[0][0], inputs[0][1], int(attributes["slots"]))]
+
+    def launch(self, inputs: Sequence[Sequence[Any]], attributes: Mapping[str, Any]) -> Launch:
+        batch, heads, items = inputs[0]
+        return Launch((heads, batch, 1), (heads, items, int(attributes["slots"])))
+
+    def constants(self, inputs: Sequence[Sequence[Any]], attributes: Mapping[str, Any], how: Tactic) -> dict[str, Any]:
+        from sparsec.plugins.kernels import choose, lists
+
+        block = int(attributes["block"])
+        return {
+            "P": float(attributes["top_p"]),
+            **{name.upper(): int(attributes[name]) for name in ("sinks", "recent", "min_context")},
+            "MIN_KEEP": -(-int(attributes["min_keep"]) // block),
+            "ITEM": block,
+            "TILE": how.keys * how.warps,
+            "WAYS": choose.WAYS,
+            "PASSES": choose.PASSES,
+            "SLACK": lists.SLACK,
+        }
+
+
 _NEAR: dict[str, Kind] = {"window": "int", "sinks": "int", "min_context": "int", "scale": "float", "shares": "int"}
 _ROW = {"q": "T", "k": "T", "v": "T"}
 _PARTS = {"partial": "float32", "lse": "float32"}
 _LISTS = {"lists": "int32", "counts": "int32"}
 _SIZES = ("heads", "stores", "slots")
 _EVERY = tuple(TACTICS)
+_CHOICE: dict[str, Kind] = dict.fromkeys(("sinks", "recent", "min_keep", "min_context", "block", "slots"), "int")
 OPERATORS: dict[str, Operator] = {
     each.name: each
     for each in (
@@ -186,6 +231,14 @@ OPERATORS: dict[str, Operator] = {
         Shares(
             "ListedShares", "listed_shares", {**_ROW, **_LISTS}, (*_SIZES, "sets"), _PARTS,
             {"kv_heads": "ints", "scale": "float", "shares": "int"}, _EVERY,
+        ),
+        Score(
+            "ScoreItems", "score_items", {"queries": "float32", "index": "T", "lengths": "int64"},
+            ("heads", "slots", "items"), {"values": "float32"}, {"block": "int", "items": "int"}, (1, 3),
+        ),
+        Keep(
+            "KeepItems", "keep_items", {"values": "float32", "lengths": "int64"}, ("heads", "items", "slots"),
+            {"keep": "bool"}, {"top_p": "float", **_CHOICE}, (3, 1),
         ),
         Combine("CombineShares", "combine_shares", {**_PARTS, "like": "T"}, ("shares",), {"out": "T"}, {}, (1,)),
     )
@@ -277,4 +330,9 @@ def only(ptx: str, entry: str, count: int) -> str:
 
 
 def _tile(dim: int) -> dict[str, int]:
-    return {"DIM": dim, "BLOCK_D": 1 << (dim - 1).bit_length()}
+    return {"DIM": dim, "BLOCK_D": max(16, _power(dim))}  # tensor cores multiply no less
+
+
+def _power(size: int) -> int:
+    """The power of two that holds a size."""
+    return 1 << (size - 1).bit_length()

@@ -35,8 +35,8 @@ def choose(q: Tensor, k: Tensor, w: Tensor, visible: Tensor, dsa: Dsa) -> Tensor
         dsa: how.
 
     Returns:
-        int32 [batch, rows, min(top_k, keys)], best first. Where a row sees fewer tokens, the rest are tokens that it
-        does not see.
+        int32 [batch, rows, min(top_k, keys)], best first. Where fewer tokens compete, the rest are tokens that the row
+        does not see, or the best one again.
     """
     pooled = {block: Pooled(k, visible[:, -1], block) for block in _blocks(dsa)}
     size = TILE
@@ -111,7 +111,9 @@ def _tile(q: Tensor, k: Tensor, w: Tensor, visible: Tensor, dsa: Dsa, pooled: di
         scores = torch.full_like(scores, NEVER).scatter(-1, chosen.indices, again)
     if dsa.misa is not None:
         scores = _gated(scores, q, k, w, visible, dsa.misa.min_context)
-    return scores.topk(count, dim=-1).indices
+    best = scores.topk(count, dim=-1)
+    # A row's blocks may hold fewer tokens than are to be chosen; what did not compete is not kept in their place.
+    return torch.where(best.values == NEVER, best.indices[..., :1], best.indices)
 
 
 def flat(q: Tensor, k: Tensor, w: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -133,7 +135,9 @@ def _routed(q: Tensor, w: Tensor, at: Tensor, misa: Misa, pooled: Pooled) -> tup
     """Queries and weights of each row's best heads: [batch, rows, heads, dim] and [batch, rows, heads]."""
     found, begun = pooled.scores(q, at)
     mean = (found * begun).sum(-1) / begun.sum(-1).clamp_min(1)
-    best = (w * mean).abs().topk(min(misa.heads, w.shape[-1]), dim=-1).indices  # a weight may be negative
+    energy = (w * mean).abs()  # a weight may be negative
+    # Stable: over few blocks several heads see none of them, and every runtime has to take the same of these.
+    best = energy.sort(dim=-1, descending=True, stable=True).indices[..., : min(misa.heads, w.shape[-1])]
     return q.gather(2, best[..., None].expand(-1, -1, -1, q.shape[-1])), w.gather(-1, best)
 
 

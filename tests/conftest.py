@@ -151,6 +151,21 @@ def dsa_config() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def dsa_model(dsa_config: Callable[..., Any]) -> Callable[..., Any]:
+    """``dsa_model(family, layers=4, **changes)``, with attention sharp enough for a choice to matter."""
+
+    def make(family: str, layers: int = 4, **changes: Any) -> Any:
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(dsa_config(family, layers, **changes)).eval().requires_grad_(False)
+        for name, weight in made.named_parameters():
+            if "norm" not in name:
+                weight.mul_(6)
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_dsa(make_checkpoint: Callable[..., Path], dsa_config: Callable[..., Any]) -> Path:
     """A glm_moe_dsa of 4 layers that reads 1024 tokens and chooses 16; do not write into the folder."""
     return make_checkpoint(dsa_config("glm_moe_dsa", max_position_embeddings=1024, index_topk=16))

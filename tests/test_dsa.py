@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GlmMoeDsaForCausalLM
+from transformers import AutoTokenizer, GlmMoeDsaForCausalLM
 
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.decode import decode_rows
@@ -34,21 +34,6 @@ from sparsec.plugins.runtime import applied, stepping
 
 FAMILIES = ("deepseek_v32", "glm_moe_dsa")
 TOKENS = 60
-
-
-@pytest.fixture(scope="module")
-def dsa_model(dsa_config: Callable[..., Any]) -> Callable[..., Any]:
-    """``dsa_model(family, layers=4, **changes)``, with attention sharp enough for a choice to matter."""
-
-    def make(family: str, layers: int = 4, **changes: Any) -> Any:
-        torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(dsa_config(family, layers, **changes)).eval().requires_grad_(False)
-        for name, weight in made.named_parameters():
-            if "norm" not in name:
-                weight.mul_(6)
-        return made
-
-    return make
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -150,6 +135,16 @@ def test_hisa_within_its_reach_is_the_flat_choice_and_beyond_it_is_algorithm_1()
             inside[block * 16 : (block + 1) * 16] = True
         best = scores[0, row].masked_fill(~inside, float("-inf")).topk(12).indices
         assert set(best.tolist()) == set(found[0, row].nonzero()[:, 0].tolist())
+
+
+def test_what_does_not_compete_is_not_chosen_where_blocks_hold_too_few() -> None:
+    q, k, w, visible = indexed(6, 40)
+    dsa = Dsa.model_validate({"top_k": 8, "heads": 4, "dim": 16, "hisa": {"block": 4, "top_blocks": 2}})
+    found = sets(choose(q, k, w, visible, dsa), visible)
+    inside = found.unflatten(-1, (10, 4)).any(-1).sum(-1)
+    assert inside.max() <= 4  # two, the first and the row's own
+    assert found.sum(-1).min() == 1
+    assert (found[:, 8:].sum(-1) < 8).any()  # the first and the own one were the best
 
 
 def test_misa_routes_by_magnitude_and_its_second_stage_scores_with_all_heads() -> None:

@@ -110,6 +110,14 @@ def test_stores_are_as_large_as_the_plan_says(both: tuple[Any, OnnxModel], monke
     assert runner.kv_bytes == kv_bytes(cache) - numbers + rings * more
 
 
+def test_what_is_written_in_place_is_said(both: tuple[Any, OnnxModel]) -> None:
+    _, runner = both
+    every = {name.replace("past.", "present."): name for name in runner._inputs}
+    assert runner.manifest["aliased"]["decode"] == every
+    prompts = {after: before for after, before in every.items() if ".full_" in after}
+    assert runner.manifest["aliased"]["prefill"] == prompts
+
+
 def test_generation_streams_and_ends(both: tuple[Any, OnnxModel]) -> None:
     _, runner = both
     (whole,) = runner.generate([prompt(9)], max_new_tokens=12, stop=())

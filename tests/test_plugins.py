@@ -19,8 +19,8 @@ from onnx import TensorProto, helper
 
 from sparsec.errors import UsageError
 from sparsec.export.onnx.artifact import write_graphs
-from sparsec.export.onnx.divided import DIVIDED
-from sparsec.export.onnx.functions import DOMAIN, IR, OPSET, function
+from sparsec.export.onnx.divided import BODIES, DIVIDED
+from sparsec.export.onnx.functions import DOMAIN, FUNCTIONS, IR, OPSET, function
 from sparsec.export.parity import compare
 from sparsec.plugins import ahead, driver
 from sparsec.plugins.ahead import CAPABILITIES, OPERATORS, TACTICS, Compiled, only
@@ -30,12 +30,15 @@ triton = pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, SLOTS, DIM = 3, 40, 16
 NEAR = {"window": 6, "sinks": 2, "min_context": 10, "scale": 0.25}
+CHOICE = {"sinks": 2, "recent": 3, "min_keep": 5}
 LENGTHS = [0, 9, 37]
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "WindowShares": [(1, 6, 1, 64), (1, 2, 516, 64), (1, 2, 516, 64), (1,)],
     "BesideShares": [(1, 6, 1, 64), (1, 3, 2048, 64), (1, 3, 2048, 64), (1,)],
     "ListKept": [(1, 1, 2048)],
     "ListedShares": [(1, 6, 1, 64), (1, 3, 2048, 64), (1, 3, 2048, 64), (1, 1, 2048), (1, 1)],
+    "ScoreItems": [(1, 3, 1, 16), (1, 3, 2048, 16), (1,)],
+    "KeepItems": [(1, 3, 128), (1,)],
     "CombineShares": [(1, 6, 4, 64), (1, 6, 4), (1, 6, 1, 64)],
 }
 ATTRIBUTES: dict[str, dict[str, Any]] = {
@@ -43,11 +46,13 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "BesideShares": {**NEAR, "shares": 4, "kv_heads": (0, 2)},
     "ListKept": {},
     "ListedShares": {"kv_heads": (0, 2), "scale": 0.25, "shares": 3},
+    "ScoreItems": {"block": 16, "items": 128},
+    "KeepItems": {**CHOICE, "top_p": 0.9, "min_context": 10, "block": 16, "slots": 2048},
     "CombineShares": {},
 }
 
 
-def body(name: str, inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+def body(name: str, inputs: list[np.ndarray], attributes: dict[str, Any], kind: int = TensorProto.FLOAT) -> np.ndarray:
     """What ONNX Runtime computes by an operator's body."""
     import onnxruntime
 
@@ -57,10 +62,12 @@ def body(name: str, inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.
         for each, array in zip(names, inputs, strict=True)
     ]
     node = helper.make_node(name, names, ["out"], domain=DOMAIN, **attributes)
-    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, inputs[0].shape)
+    out = helper.make_tensor_value_info("out", kind, None)
     graph = helper.make_graph([node], "one", values, [out])
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=[function(name)], ir_version=IR)
+    model = helper.make_model(
+        graph, opset_imports=opsets, functions=[function(name, {**FUNCTIONS, **BODIES})], ir_version=IR
+    )
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found: np.ndarray = session.run(None, dict(zip(names, inputs, strict=True)))[0]
     return found
@@ -111,6 +118,30 @@ def test_kernels_are_the_bodies(name: str, tactic: int) -> None:
         parts = run(DIVIDED[name], on, shared, tactic)
     (found,) = run("CombineShares", [*parts, on[0]], {}, tactic)
     assert np.abs(found.cpu().numpy() - expected).max() < (1e-5 if DEVICE.type == "cpu" else 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("block", "changes"),
+    [(1, {}), (16, {"top_p": 1e-3}), (4, {"top_p": 1.0}), (4, {"min_keep": 0, "recent": 0})],
+    ids=["tokens", "floor", "all", "free"],
+)
+def test_choosing_kernels_are_the_selectors_bodies(block: int, changes: dict[str, Any]) -> None:
+    generator = np.random.default_rng(2)
+    queries = generator.normal(size=(BATCH, 2, 1, 4)).astype(np.float32)
+    index = generator.normal(size=(BATCH, 2, SLOTS, 4)).astype(np.float32)
+    inputs = [queries, index, np.array(LENGTHS)]
+    attributes: dict[str, Any] = {**CHOICE, "top_p": 0.7, "min_context": 8, **changes}
+    blocks = {"block": block} if block > 1 else {}
+    expected = body("SelectBlocks" if blocks else "SelectTokens", inputs, {**attributes, **blocks}, TensorProto.BOOL)
+    sizes = {"block": block, "items": -(-SLOTS // block)}
+    more = {**attributes, "block": block, "slots": SLOTS}
+    values = body("ScoreItems", inputs, sizes)
+    assert np.array_equal(body("KeepItems", [values, inputs[2]], more, TensorProto.BOOL), expected)
+    on = [torch.tensor(each, device=DEVICE) for each in inputs]
+    (scored,) = run("ScoreItems", on, sizes, 1)
+    np.testing.assert_allclose(scored.cpu().numpy(), values, atol=1e-5)
+    (kept,) = run("KeepItems", [scored, on[2]], more, 1)
+    assert np.array_equal(kept.cpu().numpy(), expected)
 
 
 def test_groups_larger_than_a_program_are_divided() -> None:

@@ -107,7 +107,10 @@ def test_engines_are_built_and_say_where_they_load(plugins: bool, tiny_artifact:
     made: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     assert made["compute_capabilities"] == list(RTX_CAPABILITIES)
     assert {name for name in made["files"] if name.endswith(".engine")} == {"prefill.engine", "decode.engine"}
-    assert made["layers"]["decode"]["KV_CACHE_UPDATE"] > 0
+    for kind in KINDS:
+        assert made["layers"][kind].get("KV_CACHE_UPDATE", 0) == len(made["aliased"][kind])
+    assert made["aliased"]["decode"]
+    assert ("TOPK" in made["layers"]["decode"]) != plugins
     assert (made["layers"]["decode"].get("PLUGIN_V3", 0) > 0) == plugins
     assert bool(made["plugins"]) == plugins
     for plugin in made["plugins"]:

@@ -89,7 +89,7 @@ def write_graphs(
     ``slots``: as in :func:`~sparsec.export.onnx.graph.trace`; ``plugins``, where there are slots: decode attention is
     divided into the operators that are plugins of TensorRT; without, a decode row reads all keys under masks.
     """
-    from sparsec.export.onnx import files, graph
+    from sparsec.export.onnx import dsa, files, graph
     from sparsec.export.onnx.functions import DOMAIN, IR, OPSET, VERSION
 
     plan = model.sparsec_plan
@@ -102,6 +102,7 @@ def write_graphs(
     }
     signature: dict[str, Any] = {}
     operators: dict[str, list[str]] = {}
+    aliased: dict[str, dict[str, str]] = {}
     with (folder / files.WEIGHTS).open("wb") as file, quiet():
         weights = files.Weights(file)
         for done, kind in enumerate(kinds):
@@ -122,6 +123,7 @@ def write_graphs(
                 slots if plugins and kind == "decode" else None,
             )
             signature[kind] = {side: _values(getattr(proto.graph, side)) for side in ("input", "output")}
+            aliased[kind] = files.aliased(proto)
             operators[kind] = sorted(function.name for function in proto.functions)
             del program, proto
             files.check(folder / f"{kind}.onnx")
@@ -136,8 +138,10 @@ def write_graphs(
         "eos": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
         "suppress": _ranges(model.generation_config.suppress_tokens or ()),
         **({"routing": MASKED} if plan.routing is not None else {}),
+        **({"choice": note} if plan.dsa is not None and (note := dsa.masked(plan.dsa)) else {}),
         "operators_used": operators,
         "signature": signature,
+        "aliased": aliased,
         "versions": {name: version(name) for name in ("torch", "transformers", *PACKAGES)},
         "files": {file.name: sha256(file) for file in sorted(folder.iterdir())},
     }

@@ -23,7 +23,7 @@ from sparsec.plugins.families import native_local_layers
 
 NAME = "sparsec_onnx"
 ENDLESS = 1 << 30  # a window that never ends
-STORES = ("full_keys", "full_values", "local_keys", "local_values", "index_keys")
+STORES = ("full_keys", "full_values", "local_keys", "local_values", "index_keys", "latents")
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Call:
     masked: bool = False  # decode rows read all keys under masks instead of gathering some
     rewrite: bool = False  # index keys are chosen slot by slot in decode rows, too
     present: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    kept: dict[int, Tensor] = field(default_factory=dict)  # by full layer: bool [batch, sets, slots]
+    kept: dict[int, Tensor] = field(default_factory=dict)  # by full layer: bool [batch, sets or rows, slots]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def traced_attention(
         leave(heads, _local(rt.number, call, _some(query, heads), key, value, stores, near))
     if stores.full_kv:
         k, v = (
-            _append(rt.number, call, name, new, stores.full_kv)
+            append(rt.number, call, name, _some(new, stores.full_kv))
             for name, new in zip(STORES[:2], (key, value), strict=True)
         )
         heads = _heads_on(stores.full_kv, group)
@@ -154,10 +154,11 @@ def _some(x: Tensor, heads: Sequence[int]) -> Tensor:
     return x.index_select(1, torch.tensor(heads, device=x.device))
 
 
-def _append(number: int, call: Call, name: str, new: Tensor, heads: Sequence[int]) -> Tensor:
+def append(number: int, call: Call, name: str, new: Tensor) -> Tensor:
+    """Write new tokens, [batch, heads, rows, dim], into a layer's store of that name; the store with them."""
     past = call.past[number, name]
     operator = "IndexUpdate" if name == STORES[4] and (call.rewrite or not call.decode) else "CacheUpdate"
-    present = node(operator, (past, _some(new, heads), call.lengths), past.shape, past.dtype)
+    present = node(operator, (past, new, call.lengths), past.shape, past.dtype)
     call.present[number, name] = present
     return present
 
@@ -235,7 +236,7 @@ def _index(rt: LayerRuntime, call: Call, key: Tensor, stores: Stores) -> None:
     seen = as_selector_sees(rt, key)
     group = rt.plan.model.group
     own = rt.indexer.keys(_some(seen, [h // group for h in rt.layer.retrieval])).to(key.dtype)
-    _append(rt.number, call, STORES[4], own, range(len(rt.layer.retrieval)))
+    append(rt.number, call, STORES[4], own)
 
 
 def _kept(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int]) -> Tensor:

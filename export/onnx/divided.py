@@ -1,4 +1,4 @@
-"""Decode attention divided into the operators that are plugins of TensorRT, each one kernel.
+"""Decode attention and choosing divided into the operators that are plugins of TensorRT, each one kernel.
 
 A plugin compiled ahead of time is a single launch, so what takes several is several operators: shares of the keys, and
 what combines them. They, too, have bodies of standard operators, so such a graph runs wherever the other one does. What
@@ -7,15 +7,19 @@ a share holds is the kernels' business: combined they are the attention.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsec.export.onnx.functions import DOMAIN, FUNCTIONS, VERSION, function
+from sparsec.export.onnx.selection import BLOCKS, FORCED, KEEP_BLOCKS, SCORES, TOKENS
 from sparsec.plugins.ahead import NAMESPACE, OPERATORS
+from sparsec.plugins.kernels.support import LARGEST_BLOCK, MOST_ITEMS
 
 SHARE = 256  # keys a program, about
 MOST = 16  # programs that divide a head's keys
 DIVIDED = {"WindowDecode": "WindowShares", "BesideDecode": "BesideShares", "ChosenDecode": "ListedShares"}
+
+SELECTORS = ("SelectTokens", "SelectBlocks")
 
 # All keys as the first share; the others saw nothing.
 _FIRST = """
@@ -103,6 +107,28 @@ ListKept (keep) => (lists, counts) {
     listed = ScatterElements <axis = -1> (keep_zero, place, slots)
     lists = Cast <to = 6> (listed)
 }""",
+    # Step 1 of the selector and the mass of its items, of ``block`` tokens each: values float32 [B, H, items], whose
+    # weights are their softmax.
+    "ScoreItems": f"""
+ScoreItems <block, items> (queries, index, lengths) => (values) {{
+    {SCORES}
+    {BLOCKS}
+    padded = Pad (seen_scores, pads, hidden, pad_axis)
+    in_blocks = Reshape (padded, to_blocks)
+    values = ReduceLogSumExp <keepdims = 0> (in_blocks, minus_l)
+}}""",
+    # Steps 3 to 8 by the items' values: keep bool [B, H, slots].
+    "KeepItems": f"""
+KeepItems <top_p, sinks, recent, min_keep, min_context, block, slots> (values, lengths) => (keep) {{
+    slots_s = Constant <value_int: int = @slots> ()
+    axes_s = Constant <value_ints = [0]> ()
+    slots_n = Unsqueeze (slots_s, axes_s)
+    {TOKENS}
+    {FORCED}
+    {BLOCKS}
+    weights = Softmax <axis = -1> (values)
+    {KEEP_BLOCKS}
+}}""",
     # partial float32 [B, H, S, D], lse float32 [B, H, S] in units of log 2, q [B, H, 1, D].
     "CombineShares": """
 CombineShares (partial, lse, q) => (out) {
@@ -122,7 +148,7 @@ CombineShares (partial, lse, q) => (out) {
 
 
 def divide(model: Any, slots: int) -> None:
-    """Put the operators that are plugins in place of a decode graph's attention.
+    """Put the operators that are plugins in place of a decode graph's attention, and of its choosing where they can.
 
     They stand in the graph itself: in the body of a function TensorRT's parser does not look for plugins.
 
@@ -132,34 +158,53 @@ def divide(model: Any, slots: int) -> None:
     """
     from onnx import helper
 
-    plugin = {"plugin_namespace": NAMESPACE, "plugin_version": str(VERSION), "aot": 1}
     nodes = []
     for node in model.graph.node:
-        if node.domain != DOMAIN or node.op_type not in DIVIDED:
-            nodes.append(node)
-            continue
         given = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-        reach = max(given.get("window", 0) + given.get("sinks", 0), given.get("min_context", 0)) or slots
-        shares = min(MOST, -(-min(reach, slots) // SHARE))
-        (out,) = node.output
-
-        def put(name: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
-            place = f"{outputs[0]}.{name}"
-            nodes.append(helper.make_node(name, inputs, outputs, place, None, DOMAIN, **attributes, **plugin))
-
-        *row, last = node.input
-        parts = [f"{out}.partial", f"{out}.lse"]
-        name = DIVIDED[node.op_type]
-        own = {each: given[each] for each in OPERATORS[name].attributes if each in given}
-        if name == "ListedShares":
-            lists = [f"{out}.lists", f"{out}.counts"]
-            put("ListKept", [last], lists)
-            put(name, [*row, *lists], parts, **own, shares=shares)
+        if node.domain == DOMAIN and node.op_type in DIVIDED:
+            nodes += _attention(node, given, slots)
+        elif node.domain == DOMAIN and _chooses(node.op_type, given, slots):
+            nodes += _choice(node, {"block": 1, **given, "slots": slots})
         else:
-            put(name, [*row, last], parts, **own, shares=shares)
-        put("CombineShares", [*parts, node.input[0]], [out])
+            nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     used = {node.op_type for node in nodes if node.domain == DOMAIN}
     del model.functions[:]
     model.functions.extend(function(name, {**FUNCTIONS, **BODIES}) for name in sorted(used))
+
+
+def _node(name: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Any:
+    from onnx import helper
+
+    plugin = {"plugin_namespace": NAMESPACE, "plugin_version": str(VERSION), "aot": 1}
+    return helper.make_node(name, inputs, outputs, f"{outputs[0]}.{name}", None, DOMAIN, **attributes, **plugin)
+
+
+def _attention(node: Any, given: Mapping[str, Any], slots: int) -> list[Any]:
+    """What attends, as shares and what combines them."""
+    reach = max(given.get("window", 0) + given.get("sinks", 0), given.get("min_context", 0)) or slots
+    (out,), (*row, last) = node.output, node.input
+    parts, name = [f"{out}.partial", f"{out}.lse"], DIVIDED[node.op_type]
+    own = {each: given[each] for each in OPERATORS[name].attributes if each in given}
+    own["shares"] = min(MOST, -(-min(reach, slots) // SHARE))
+    combine = _node("CombineShares", [*parts, node.input[0]], [out])
+    if name != "ListedShares":
+        return [_node(name, [*row, last], parts, **own), combine]
+    lists = [f"{out}.lists", f"{out}.counts"]
+    return [_node("ListKept", [last], lists), _node(name, [*row, *lists], parts, **own), combine]
+
+
+def _chooses(name: str, given: Mapping[str, Any], slots: int) -> bool:
+    """A selector that the kernels can be: blocks of 1, 2, 4 ... tokens, and not too many."""
+    block = int(given.get("block", 1))
+    return name in SELECTORS and not block & (block - 1) and block <= LARGEST_BLOCK and slots <= MOST_ITEMS * block
+
+
+def _choice(node: Any, given: Mapping[str, Any]) -> list[Any]:
+    """What chooses, as items that are scored and what keeps some."""
+    (out,), lengths = node.output, node.input[2]
+    values, own = f"{out}.values", {each: given[each] for each in OPERATORS["KeepItems"].attributes}
+    items = -(-given["slots"] // given["block"])
+    scored = _node("ScoreItems", node.input, [values], block=given["block"], items=items)
+    return [scored, _node("KeepItems", [values, lengths], [out], **own)]

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from sparsec.errors import PlanError
-from sparsec.plan import LayerPlan, Plan, Routing, Selector, Vocabulary, Window
+from sparsec.export.onnx.experts import ACTIVATION
+from sparsec.plan import Dsa, Hisa, LayerPlan, Misa, Plan, Routing, Selector, Vocabulary, Window
 
 # Fields that the graphs honour, or that say nothing about what runs. A new field is refused where it is set.
 KNOWN: Mapping[type[BaseModel], frozenset[str]] = {
@@ -24,6 +25,7 @@ KNOWN: Mapping[type[BaseModel], frozenset[str]] = {
             "passes",
             "routing",
             "vocabulary",
+            "dsa",
         }
     ),
     Window: frozenset({"size", "sinks"}),
@@ -44,11 +46,13 @@ KNOWN: Mapping[type[BaseModel], frozenset[str]] = {
         }
     ),
     LayerPlan: frozenset({"heads", "index"}),
+    Dsa: frozenset({"top_k", "heads", "dim", "hisa", "misa"}),
+    Hisa: frozenset({"block", "top_blocks", "min_context"}),
+    Misa: frozenset({"heads", "block", "candidates", "min_context"}),
     Routing: frozenset({"width", "rank", "activation", "hidden", "threshold", "sinks", "special", "attention", "mlp"}),
     Vocabulary: frozenset({"mode", "base", "merged", "rows", "width", "boundary"}),
 }
 WAYS = {
-    "dsa": "the model's own indexers run in PyTorch only",
     "compensate": "compile with compensation=false of razor or window",
     "prefill": "compile with rtpurbo.prefill=dense",
     "coarse": "compile with rtpurbo.coarse_from=null",
@@ -74,13 +78,16 @@ def check_exportable(plan: Plan, config: Any = None) -> None:
             "compile with dynamic-tokenization.mode=static"
         )
     for kind, known in KNOWN.items():
-        parts = (plan, plan.window, plan.selector, plan.routing, plan.vocabulary, *plan.layers)
+        own = (plan.dsa, plan.dsa.hisa, plan.dsa.misa) if plan.dsa is not None else ()
+        parts = (plan, plan.window, plan.selector, plan.routing, plan.vocabulary, *own, *plan.layers)
         every = [each for each in parts if isinstance(each, kind)]
         for part, name in ((each, name) for each in every for name in type(each).model_fields):
             if name in known or getattr(part, name) == type(part).model_fields[name].get_default():
                 continue
             way = WAYS.get(name, "run the artifact in PyTorch, or compile without it")
             raise PlanError(f"the plan's {name} cannot be exported yet: {way}")
+    if plan.dsa is not None and config is not None and config.hidden_act != ACTIVATION:
+        raise PlanError(f"experts with {config.hidden_act} for {ACTIVATION} cannot be exported: run it in PyTorch")
     kinds = _rope_types(config) if config is not None else set()
     if odd := sorted(kinds - set(ROPES)):
         raise PlanError(f"{odd[0]} rotary embeddings change with the length and cannot be exported: run it in PyTorch")

@@ -14,6 +14,7 @@ KINDS: tuple[Kind, ...] = ("prefill", "decode")
 WEIGHTS = "weights.data"
 SMALL = 1024  # bytes: what is smaller stays in the graph, where shape inference reads it
 FOLDED = 64  # elements: constants up to here are folded, so that shapes are known; weights keep their names and layout
+IN_PLACE = ("CacheUpdate", "RingWrite")  # operators that write a few slots of a store, by TensorScatter
 ALIGNED = 4096  # a page: runtimes map the file
 
 
@@ -82,6 +83,17 @@ def write_graph(
     weights.file.flush()
     path.write_bytes(proto.SerializeToString())
     return proto
+
+
+def aliased(proto: Any) -> dict[str, str]:
+    """Outputs of a graph that are one of its inputs, written in place: one buffer is for both, by output.
+
+    ONNX Runtime copies where two buffers are bound; TensorRT's cache update takes one only.
+    """
+    ends = [{value.name for value in side} for side in (proto.graph.input, proto.graph.output)]
+    updates = [node for node in proto.graph.node if node.domain == DOMAIN and node.op_type in IN_PLACE]
+    pairs = [(node.input[0], node.output[0]) for node in updates]
+    return {after: before for before, after in pairs if before in ends[0] and after in ends[1]}
 
 
 def check(path: Path) -> None:

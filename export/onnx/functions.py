@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from sparsec.export.onnx.experts import EXPERTS
+from sparsec.export.onnx.indexing import INDEXING
 from sparsec.export.onnx.selection import SELECTION
 
 if TYPE_CHECKING:
@@ -306,6 +308,13 @@ BesideDecode <window, sinks, min_context, scale, kv_heads> (q, k_all, v_all, len
     v = Identity (v_near)
     {_ATTEND}
 }}""",
+    # A prompt's rows on what each of them keeps: q [B, H, T, D], k, v [B, K, C, D], keep bool [B, T, C].
+    "KeptAttention": f"""
+KeptAttention <scale> (q, k, v, keep) => (out) {{
+    axes_m = Constant <value_ints = [1]> ()
+    mask = Unsqueeze (keep, axes_m)
+    {_ATTEND}
+}}""",
     # One decode row, exactly, on what is kept, and on nothing else: q [B, N * G, 1, D], k_all, v_all [B, K, C, D],
     # keep bool [B, 1 or N, C]. Kept slots are listed in order of time, short lists end in -1.
     "ChosenDecode": f"""
@@ -361,7 +370,7 @@ ChosenDecode <kv_heads, scale> (q, k_all, v_all, keep) => (out) {{
     {_ATTEND}
 }}""",
 }
-FUNCTIONS |= SELECTION
+FUNCTIONS |= SELECTION | INDEXING | EXPERTS
 
 
 def function(name: str, bodies: Mapping[str, str] = FUNCTIONS) -> onnx.FunctionProto:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsec.export.onnx.attention import NAME, STORES, Call, Stores, stores_of
+from sparsec.export.onnx import dsa
+from sparsec.export.onnx.attention import NAME, STORES, Call, stores_of
 from sparsec.export.onnx.files import Kind
 from sparsec.export.onnx.functions import OPSET
 from sparsec.export.onnx.routing import keep, routed
@@ -18,9 +19,17 @@ from sparsec.plan import Plan
 from sparsec.plugins.families import attention_modules, final_norm
 
 
-def store_names(stores: list[Stores]) -> list[tuple[int, str]]:
-    """Layer and name of every store, in the order of the graphs' inputs and outputs."""
-    return [(i, name) for i, each in enumerate(stores) for name in STORES if name in each.shapes(1, 1, 1, 1)]
+def store_shapes(plan: Plan, config: Any, batch: Any, slots: Any) -> dict[tuple[int, str], tuple[Any, ...]]:
+    """Shapes of all stores by layer and name, in the order of the graphs' inputs and outputs."""
+    rank = plan.selector.rank if plan.selector else 0
+    found: dict[tuple[int, str], tuple[Any, ...]] = {}
+    for i in range(plan.model.layers):
+        if plan.dsa is not None:
+            own = dsa.shapes(plan, i, config, batch, slots)
+        else:
+            own = stores_of(plan, i, config).shapes(plan.model.head_dim, rank, batch, slots)
+        found |= {(i, name): own[name] for name in STORES if name in own}
+    return found
 
 
 class Traced(nn.Module):
@@ -30,7 +39,7 @@ class Traced(nn.Module):
         super().__init__()
         self.model, self.kind, self.masked, self.rewrite = model, kind, masked, rewrite
         self.plan: Plan = model.sparsec_plan
-        self.names = store_names([stores_of(self.plan, i, model.config) for i in range(self.plan.model.layers)])
+        self.names = list(store_shapes(self.plan, model.config, 1, 1))
 
     def forward(self, input_ids: Tensor, lengths: Tensor, added: Tensor, stores: list[Tensor]) -> tuple[Tensor, ...]:
         """input_ids: int64 [batch, rows]; lengths, added: int64 [batch]. Logits are [batch, vocabulary]."""
@@ -69,18 +78,14 @@ def trace(model: Any, kind: Kind, slots: int | None = None, *, masked: bool = Fa
     plan, config = traced.plan, model.config
     batch, room, rows = 2, slots or 24, 1 if kind == "decode" else 5
     dtype = next(model.parameters()).dtype
-    rank = plan.selector.rank if plan.selector else 0
-    stores = []
-    for i in range(plan.model.layers):
-        shapes = stores_of(plan, i, config).shapes(plan.model.head_dim, rank, batch, room)
-        stores += [torch.zeros(shapes[name], dtype=dtype) for name in STORES if name in shapes]
+    stores = [torch.zeros(shape, dtype=dtype) for shape in store_shapes(plan, config, batch, room).values()]
     dims = {name: torch.export.Dim(name) for name in ("batch", "slots", "rows")}
-    growing = {} if slots else {name: {2: dims["slots"]} for name in (*STORES[:2], STORES[4])}
+    growing = {} if slots else {name: {2: dims["slots"]} for name in (*STORES[:2], *STORES[4:])}
     moving = [{0: dims["batch"], **growing.get(name, {})} for _, name in traced.names]
     ids = {0: dims["batch"], **({1: dims["rows"]} if kind == "prefill" else {})}
     shapes_in = {"input_ids": ids, "lengths": {0: dims["batch"]}, "added": {0: dims["batch"]}, "stores": moving}
     past, present = ([f"{when}.{i}.{name}" for i, name in traced.names] for when in ("past", "present"))
-    with _attention(model), routed(model), warnings.catch_warnings():
+    with _attention(model), routed(model), dsa.latents_traced(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             traced,

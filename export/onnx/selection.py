@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from sparsec.plugins.selector import TIE
 
-# Steps 1 and 2 of the selector: weights of all visible tokens, [B, H, C]; visible [B, 1, C]; forced [B, 1, C].
-_WEIGHTS = """
-    slots_n = Shape <start = 2, end = 3> (index)
-    slots_s = Squeeze (slots_n)
+# Tokens j, [C] of ``slots_s``, that the row t sees and has to keep: visible and token_forced [B, 1, C].
+TOKENS = """
     zero_s = Constant <value_int = 0> ()
     one_s = Constant <value_int = 1> ()
     j = Range (zero_s, slots_s, one_s)
     axes_t = Constant <value_ints = [1, 2]> ()
     t = Unsqueeze (lengths, axes_t)
     visible = LessOrEqual (j, t)
-    keys = Cast <to = 1> (index)
-    keys_turned = Transpose <perm = [0, 1, 3, 2]> (keys)
-    row_scores = MatMul (queries, keys_turned)
-    axes_m = Constant <value_ints = [2]> ()
-    scores = Squeeze (row_scores, axes_m)
-    hidden = Constant <value_float = -inf> ()
-    seen_scores = Where (visible, scores, hidden)
-    token_weights = Softmax <axis = -1> (seen_scores)
+"""
+FORCED = """
     sinks_i = Constant <value_int: int = @sinks> ()
     recent_i = Constant <value_int: int = @recent> ()
     distance = Sub (t, j)
@@ -29,6 +21,27 @@ _WEIGHTS = """
     in_recent = Less (distance, recent_i)
     token_forced_a = Or (in_sinks, in_recent)
     token_forced = And (token_forced_a, visible)
+"""
+
+# Step 1 of the selector: scores, minus infinity where a token is not visible, [B, H, C].
+SCORES = f"""
+    slots_n = Shape <start = 2, end = 3> (index)
+    slots_s = Squeeze (slots_n)
+    {TOKENS}
+    keys = Cast <to = 1> (index)
+    keys_turned = Transpose <perm = [0, 1, 3, 2]> (keys)
+    row_scores = MatMul (queries, keys_turned)
+    axes_m = Constant <value_ints = [2]> ()
+    scores = Squeeze (row_scores, axes_m)
+    hidden = Constant <value_float = -inf> ()
+    seen_scores = Where (visible, scores, hidden)
+"""
+
+# Step 2: weights of all visible tokens, [B, H, C].
+_WEIGHTS = f"""
+    {SCORES}
+    token_weights = Softmax <axis = -1> (seen_scores)
+    {FORCED}
 """
 
 # Steps 3 to 6 over the items of ``weights`` [B, H, n] and ``forced`` [B, 1, n]; ``least``: the floor, int64 [1].
@@ -79,25 +92,8 @@ _KEEP = """
     keep = And (kept_all, visible)
 """
 
-SELECTION = {
-    # What a decode row of each retrieval head keeps, by tokens: queries float32 [B, H, 1, R], index [B, H, C, R];
-    # keep bool [B, H, C].
-    "SelectTokens": f"""
-SelectTokens <top_p, sinks, recent, min_keep, min_context> (queries, index, lengths) => (keep) {{
-    {_WEIGHTS}
-    weights = Identity (token_weights)
-    forced = Identity (token_forced)
-    least_s = Constant <value_int: int = @min_keep> ()
-    axes_z = Constant <value_ints = [0]> ()
-    least = Unsqueeze (least_s, axes_z)
-    {_TOP_P}
-    token_kept = Identity (kept)
-    {_KEEP}
-}}""",
-    # The same by blocks of ``block`` tokens.
-    "SelectBlocks": f"""
-SelectBlocks <top_p, sinks, recent, min_keep, min_context, block> (queries, index, lengths) => (keep) {{
-    {_WEIGHTS}
+# How tokens become blocks of ``block``: what is missing behind them, ``pads``, and the shape ``to_blocks``.
+BLOCKS = """
     block_s = Constant <value_int: int = @block> ()
     axes_z = Constant <value_ints = [0]> ()
     block_n = Unsqueeze (block_s, axes_z)
@@ -107,11 +103,12 @@ SelectBlocks <top_p, sinks, recent, min_keep, min_context, block> (queries, inde
     behind = Mod (negative, block_n)
     pad_axis = Constant <value_ints = [2]> ()
     pads = Concat <axis = 0> (zeros_l, behind)
-    no_weight = Constant <value_float = 0.0> ()
-    padded = Pad (token_weights, pads, no_weight, pad_axis)
     to_blocks = Concat <axis = 0> (zeros_l, zeros_l, minus_l, block_n)
-    in_blocks = Reshape (padded, to_blocks)
-    weights = ReduceSum <keepdims = 0> (in_blocks, minus_l)
+"""
+
+# Steps 3 to 8 by the blocks' weights.
+KEEP_BLOCKS = f"""
+    no_weight = Constant <value_float = 0.0> ()
     forced_f = Cast <to = 1> (token_forced)
     padded_f = Pad (forced_f, pads, no_weight, pad_axis)
     in_blocks_f = Reshape (padded_f, to_blocks)
@@ -132,6 +129,33 @@ SelectBlocks <top_p, sinks, recent, min_keep, min_context, block> (queries, inde
     kept_t = Reshape (kept_x, flat)
     token_kept = Slice (kept_t, zeros_l, slots_n, pad_axis)
     {_KEEP}
+"""
+
+SELECTION = {
+    # What a decode row of each retrieval head keeps, by tokens: queries float32 [B, H, 1, R], index [B, H, C, R];
+    # keep bool [B, H, C].
+    "SelectTokens": f"""
+SelectTokens <top_p, sinks, recent, min_keep, min_context> (queries, index, lengths) => (keep) {{
+    {_WEIGHTS}
+    weights = Identity (token_weights)
+    forced = Identity (token_forced)
+    least_s = Constant <value_int: int = @min_keep> ()
+    axes_z = Constant <value_ints = [0]> ()
+    least = Unsqueeze (least_s, axes_z)
+    {_TOP_P}
+    token_kept = Identity (kept)
+    {_KEEP}
+}}""",
+    # The same by blocks of ``block`` tokens.
+    "SelectBlocks": f"""
+SelectBlocks <top_p, sinks, recent, min_keep, min_context, block> (queries, index, lengths) => (keep) {{
+    {_WEIGHTS}
+    {BLOCKS}
+    nothing_b = Constant <value_float = 0.0> ()
+    padded = Pad (token_weights, pads, nothing_b, pad_axis)
+    in_blocks = Reshape (padded, to_blocks)
+    weights = ReduceSum <keepdims = 0> (in_blocks, minus_l)
+    {KEEP_BLOCKS}
 }}""",
     # One set for a layer, the union over its heads: [B, H, C] -> [B, 1, C].
     "Union": """

@@ -12,9 +12,10 @@ import math
 import triton
 import triton.language as tl
 
+from sparsec.plugins.kernels.support import MOST_ITEMS
 from sparsec.plugins.selector import TIE
 
-HELD, WIDEST = 40, 1024  # tiles, and places of one, at most
+HELD, WIDEST = 40, 2048  # tiles, and places of one, at most
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def _four(a1, a2, a3, a4, b1, b2, b3, b4):
 def written(to, keeps, K: tl.constexpr, TILE: tl.constexpr):
     """Write the numbers of the kept items down in ascending order; returns how many they are.
 
-    keeps: K tiles of bool, of at most 1024 places. Counts of five tiles are the digits, of twelve bits, of one word, so
+    keeps: K tiles of bool, of at most 2048 places. Counts of five tiles are the digits, of twelve bits, of one word, so
     that twenty tiles are numbered in one scan.
     """
     t = tl.arange(0, TILE)
@@ -126,7 +127,7 @@ def written(to, keeps, K: tl.constexpr, TILE: tl.constexpr):
 
 def fits(items: int) -> bool:
     """So many items are few enough for one program."""
-    return items <= HELD * WIDEST
+    return items <= MOST_ITEMS
 
 
 def tiling(items: int) -> tuple[int, int, int]:
@@ -138,8 +139,8 @@ def tiling(items: int) -> tuple[int, int, int]:
     tile = 128
     while triton.cdiv(items, tile) > HELD:
         tile *= 2
-    if tile > 2 * WIDEST:
-        raise ValueError(f"one program takes up to {2 * HELD * WIDEST} items a head, not {items}: use larger blocks")
+    if tile > WIDEST:
+        raise ValueError(f"one program takes up to {HELD * WIDEST} items a head, not {items}: use larger blocks")
     return triton.cdiv(items, tile), tile, min(tile, 512) // 32
 
 

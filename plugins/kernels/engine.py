@@ -11,7 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparsec.plugins.kernels.choose import _above, _log_sum, _narrowed, _scored
 from sparsec.plugins.kernels.decode import _leave, _listed, _mean, _near
+from sparsec.plugins.kernels.lists import _forced, _kept
 
 
 @triton.jit
@@ -58,6 +60,91 @@ def near_shares(
         SCALE, WINDOW, SINKS, MIN_CONTEXT, RING, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     _leave(acc, total, top, head, b, share, heads, tl.num_programs(0), d, wide, partial, lse, DIM)
+
+
+@triton.jit
+def score_items(
+    queries, index, lengths,
+    heads, slots, items,
+    values,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, ITEM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk of tokens, head, sequence) of the selector's scores, by items of ITEM tokens.
+
+    queries: float32 [batch, heads, 1, RANK]; index: [batch, heads, slots, RANK]; values: float32 [batch, heads, items].
+    """
+    chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tl.load(lengths + b).to(tl.int32) + 1
+    line = (b * heads + h).to(tl.int64)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    r = tl.arange(0, BLOCK_R)
+    query = tl.load(queries + line * RANK + r, mask=r < RANK, other=0.0)
+    value = _scored(index + line * slots * RANK, index, RANK, token, token < n, query, r, RANK, False)
+    if ITEM > 1:
+        value = _log_sum(value, CHUNK, ITEM)
+    item = chunk * (CHUNK // ITEM) + tl.arange(0, CHUNK // ITEM)
+    tl.store(values + line * items + item, value, mask=item < items)
+
+
+@triton.jit
+def _edges(
+    values, line, items, here, n,
+    P: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, ITEM: tl.constexpr,
+    TILE: tl.constexpr, WAYS: tl.constexpr, PASSES: tl.constexpr,
+):  # fmt: skip
+    """The log of all weights of a head's ``here`` items, the edge of the top-p set, and that of the floor.
+
+    How many items there can be is known when an engine runs, so they are read again in every pass.
+    """
+    i = tl.arange(0, TILE)
+    tops = tl.full([TILE], float("-inf"), tl.float32)
+    lows = tl.full([TILE], float("inf"), tl.float32)
+    for start in tl.range(0, here, TILE):
+        value = tl.load(values + line * items + start + i, mask=start + i < here, other=float("-inf"))
+        tops = tl.maximum(tops, value)
+        lows = tl.minimum(lows, tl.where(start + i < here, value, float("inf")))
+    top = tl.max(tops, 0)
+    sums = tl.zeros([TILE], tl.float32)
+    for start in tl.range(0, here, TILE):
+        value = tl.load(values + line * items + start + i, mask=start + i < here, other=float("-inf"))
+        sums += tl.exp(value - top)
+    lse = top + tl.log(tl.sum(sums, 0))
+    # A weight below exp(-100) is nothing to float32. The margin keeps the smallest item above the interval's low end.
+    low = tl.maximum(tl.min(lows, 0), lse - 100.0) - 1e-3
+    low_far = low
+    step = (top - low) / WAYS
+    for _ in tl.range(0, PASSES):
+        mass, number = _above(
+            values, line, items, n, n - RECENT, 0, here, lse, low, low_far, step, SINKS, MIN_KEEP, ITEM, TILE, WAYS
+        )
+        low, low_far, step = _narrowed(mass, number, low, low_far, step, P, MIN_KEEP, WAYS)
+    return lse, low, low_far
+
+
+@triton.jit
+def keep_items(
+    values, lengths,
+    heads, items, slots,
+    keep,
+    P: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, MIN_CONTEXT: tl.constexpr,
+    ITEM: tl.constexpr, TILE: tl.constexpr, WAYS: tl.constexpr, PASSES: tl.constexpr, SLACK: tl.constexpr,
+):  # fmt: skip
+    """Program (head, sequence): which tokens a head keeps, keep: bytes [batch, heads, slots], by its items' values."""
+    h, b = tl.program_id(0), tl.program_id(1)
+    n = tl.load(lengths + b).to(tl.int32) + 1
+    line = (b * heads + h).to(tl.int64)
+    at = values + line * items
+    lse, edge, edge_far = _edges(
+        values, line, items, tl.cdiv(n, ITEM), n, P, SINKS, RECENT, MIN_KEEP, ITEM, TILE, WAYS, PASSES
+    )
+    for start in tl.range(0, slots, TILE):
+        token = start + tl.arange(0, TILE)
+        begin = token // ITEM * ITEM
+        value = tl.load(at + token // ITEM, mask=token < n, other=float("-inf"))
+        kept = _forced(begin, n, SINKS, RECENT, MIN_CONTEXT, ITEM) | _kept(value, edge, edge_far, lse, MIN_KEEP, SLACK)
+        if P >= 1:
+            kept = token >= 0
+        tl.store(keep + line * slots + token, (kept & (token < n)).to(tl.int8), mask=token < slots)
 
 
 @triton.jit

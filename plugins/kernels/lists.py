@@ -27,6 +27,7 @@ from sparsec.plugins.selector import TIE
 
 LINE = 4096  # items of a union that are listed at once
 NOTHING = 100.0  # a weight below exp(-100) is nothing to float32
+SLACK = -math.log1p(-TIE)  # what counts as a tie, between values
 
 
 @triton.jit
@@ -145,7 +146,7 @@ def kept(
     own = selector.scope == "head" and selector.top_p < 1
     options = {
         "SINKS": selector.sinks, "RECENT": selector.recent, "MIN_KEEP": -(-selector.min_keep // item),
-        "MIN_CONTEXT": min_context, "ITEM": item, "SLACK": -math.log1p(-TIE),
+        "MIN_CONTEXT": min_context, "ITEM": item, "SLACK": SLACK,
     }  # fmt: skip
     if selector.top_p < 1:
         below = min(NOTHING, math.log(count * tile / (1 - selector.top_p)) + 1e-3)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # asked of plans where no PyTorch is needed otherwise
 Kernels = Literal["auto", "triton", "reference"]
 LEAST_TRITON = (3, 4)
 LARGEST_HEAD, LARGEST_BLOCK, LARGEST_GROUP = 256, 256, 128
+MOST_ITEMS = 32768  # of a head, that one program searches: 2M tokens in blocks of 64
 DTYPES = ("bfloat16", "float16", "float32")
 WAITING = ("longrope", "dynamic")  # kinds of rotary embeddings
 
