@@ -23,8 +23,9 @@ def patterns(result: Mapping[str, Any]) -> str:
 
 
 def _systems(rows: Sequence[Row]) -> list[str]:
-    """What was judged wholly: on text and needles."""
-    cells = [_line(row) for row in rows if "points" in row]
+    """What was judged wholly: on text and needles. The main search's patterns, which others may have found too."""
+    most = max((row["windows"] for row in rows if "keep" in row), default=0)
+    cells = [_line(row) for row in rows if "points" in row and ("keep" not in row or row["windows"] == most)]
     measures = ["bits per byte", "above searched", "needles", "mass found", "far mass found", "tokens kept"]
     head = ["share", "pattern", "indexers", *measures]
     return markdown(head, cells, 3)
@@ -74,11 +75,11 @@ def _searches(searches: Sequence[Row]) -> Iterator[str]:
 
 
 def _made(result: Mapping[str, Any]) -> str:
-    held = [
+    held = dict.fromkeys(
         f"`{row['artifact']}` {row['way']} {'trained' if row['trained'] else 'as they were'}"
         for row in result["rows"]
         if "points" in row and row.get("keep") == 0.25 and within(row)
-    ]
+    )
     options, names = result["options"], [name for text in result["texts"] for name in text["documents"]]
     asked = options["prompts"] * len(result["texts"])
     return (

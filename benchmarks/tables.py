@@ -11,6 +11,7 @@ sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA m
 cheaper   the same: HISA and MISA
 cheaper-text  dsa-text.json, what benchmarks/text_dsa.py wrote: both on natural text
 kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the fastest dense kernel
+whole     bench-llama-8b.json, what sparsec bench --shape printed: a whole model beside the dense one
 gate      gate-demo.json, what benchmarks/release_gate.py wrote: what verify takes, and what it catches
 engines   engines-demo.json, what benchmarks/engines.py wrote: TensorRT-RTX, built with no GPU
 onnx      onnx-demo.json, what benchmarks/onnx_speed.py wrote: ONNX Runtime, the artifact beside the dense model
@@ -236,6 +237,23 @@ def routing(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def whole(result: Mapping[str, Any]) -> str:
+    """Whole models of random weights, runs of ``sparsec bench --shape``."""
+    rows = []
+    for run in result["runs"]:
+        steps = {row["system"]: row["step_s"] for row in run["rows"] if "step_s" in row}
+        for row in run["rows"]:
+            ratio = f"{steps['dense'] / row['step_s']:.2f}x" if row["system"] != "dense" and "dense" in steps else ""
+            timed = [f"{row['prefill_s']:.1f} s", f"{row['step_s'] * 1e3:.2f} ms"] if "step_s" in row else ["", ""]
+            cache = f"{row['kv_bytes'] / 2**30:.1f} GiB" if "kv_bytes" in row else ""
+            rows.append([f"{row['context']:,}", str(row["batch"]), row["system"], *timed, ratio, cache, row["runs"]])
+    head = ["tokens", "batch", "system", "first token", "a token", "faster", "KV cache", "runs"]
+    first = result["runs"][0]
+    made = f"{first['device']}, {first['dtype']}, torch {first['versions']['torch']}"
+    commands = ", ".join(f"`{run['command']}`" for run in result["runs"])
+    return "\n".join([*markdown(head, rows, 3), "", f"{made}: {commands}."])
+
+
 def gate(result: Mapping[str, Any]) -> str:
     """What `sparsec verify` takes and catches."""
     runs = [("`verify --quick`", result["quick"]), ("`verify`", result["whole"])]
@@ -341,6 +359,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
     "cheaper-text": ("dsa-text", "python benchmarks/text_dsa.py && make docs", cheaper_text),
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
+    "whole": ("bench-llama-8b", "sparsec bench --shape benchmarks/shapes/llama-3.1-8b.json", whole),
     "index-keys": ("index-keys-demo", "python benchmarks/index_keys.py out/blocks && make docs", index_keys),
     "coarse": ("coarse-demo", "python benchmarks/coarse.py out/blocks && make docs", coarse),
     "gate": ("gate-demo", "python benchmarks/release_gate.py out/demo && make docs", gate),

@@ -131,8 +131,8 @@ def bench(
                     found |= _timed(model, prompts, tokens, lambda: new_cache(model, kernels), graphs)
                 else:
                     found = _dense(model, prompts, tokens)
-            except torch.OutOfMemoryError:
-                found = {"runs": "out of memory"}
+            except torch.OutOfMemoryError as error:
+                found = {"runs": "out of memory", "said": str(error).splitlines()[0]}
             rows.append({"system": system, "context": context, "batch": batch, **found})
             listen(Event(f"{system} {context}", 1, 1))
             gc.collect()
@@ -233,7 +233,10 @@ def _timed(
     prefill: list[float] = []
     in_chunks = prompts.shape[1] > max(chunk, WARM)
     _prompt(model, prompts[:, : 2 * CHUNK] if in_chunks else prompts, make(), chunk)
+    cache = None
     for _ in range(REPEATS - 1):
+        del cache
+        gc.collect()  # caches lie in cycles, and two of them may not fit
         cache = make()
         with _clock(prompts) as seconds:
             token = _prompt(model, prompts, cache, chunk)

@@ -26,9 +26,16 @@ class Paths:
         forecaster: stands in for those that do not; None: zero does.
     """
 
+    known = True  # nothing is gained by asking how many run only when other work is under way
+
     def __init__(self, run: Tensor, forecaster: Forecaster | None) -> None:
         self.run, self.forecaster = run, forecaster
-        self.tokens, self.count = run.numel(), int(run.sum())
+        self.tokens = run.numel()
+
+    @cached_property
+    def count(self) -> int:
+        """How many tokens run."""
+        return int(self.run.sum())
 
     @cached_property
     def on(self) -> Tensor:

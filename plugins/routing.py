@@ -176,9 +176,9 @@ def routed_attention(
     rt: UnitRuntime = module.sparsec_route
     paths = rt.decide(hidden_states)
     given = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
-    if paths.everyone:
+    if paths.known and paths.everyone:
         return rt.whole(hidden_states, position_embeddings=position_embeddings, **given)  # type: ignore[no-any-return]
-    assert position_embeddings is not None
+    assert position_embeddings is not None  # keys, values and forecasts are under way before the host waits for a count
     batch, rows, _ = hidden_states.shape
     cos, sin = (table.expand(batch, -1, -1) for table in position_embeddings)
     k, v = keys_values(module, hidden_states, rt.fused)
@@ -187,6 +187,10 @@ def routed_attention(
     out = paths.forecast(flat)
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, module.layer_idx)
+    if paths.everyone:
+        q = rotate(queries(module, hidden_states, rt.fused), cos[:, :, None], sin[:, :, None]).transpose(1, 2)
+        found, _ = sparsec_attention(module, q, k, v, attention_mask, scaling=module.scaling)
+        return module.o_proj(found.flatten(2)), None
     state, decode = module.sparsec, rt.step is not None and rt.step.decode
     q = k.new_zeros(0, state.plan.model.heads, k.shape[-1])
     if paths.count:

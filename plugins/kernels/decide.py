@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16  # tokens a program: the fewest that tensor cores take
+ROWS = 32  # tokens a program: each reads all weights, and from 64 on a GPU may add up in another order
 COLUMNS = 128  # of the state at once
 LINE = 4096  # tokens that are listed at once
 

@@ -7,6 +7,7 @@ meanwhile. A few tokens (decode) mostly agree: there the host asks first, and la
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,19 +31,28 @@ class ListedPaths(Paths):
         self.place = launching_on(x)
         flat, step = x.flatten(0, 1), rt.step
         run = torch.empty(self.tokens, dtype=torch.uint8, device=x.device)
-        on, self.off = torch.empty(2, self.tokens, dtype=torch.long, device=x.device)
+        self.listed, self.off = torch.empty(2, self.tokens, dtype=torch.long, device=x.device)
         self.before = torch.empty(self.tokens + 1, dtype=torch.int32, device=x.device)
         self.padded = step is not None and step.real is not None
         keep, real = (_flags(flags, x) for flags in ((step.keep, step.real) if step is not None else (None, None)))
         with self.place:
-            routers.decide(flat, rt.router.stacked(), rt.threshold, keep, real, run, on, self.off, self.before)
+            routers.decide(flat, rt.router.stacked(), rt.threshold, keep, real, run, self.listed, self.off, self.before)
             self.run = run.view(torch.bool).view(x.shape[:2])
-            asked = _Asked(self.before[-1:])
+            self.asked = _Asked(self.before[-1:])
             self.made = self._forecast(flat) if self.tokens > forecasts.FEW else None
-        self.count = asked.answer()
-        self.on = on[: self.count]
+        self.known = self.made is None
         if step is not None and step.observe_paths is not None:
             step.observe_paths(rt.layer, rt.unit, self.run)
+
+    @cached_property
+    def count(self) -> int:
+        """How many tokens run: the first to ask waits."""
+        return self.asked.answer()
+
+    @cached_property
+    def on(self) -> Tensor:
+        """As :attr:`Paths.on`."""
+        return self.listed[: self.count]
 
     def forecast(self, flat: Tensor) -> Tensor:
         """As :meth:`Paths.forecast`."""
