@@ -227,13 +227,24 @@ def routing(result: Mapping[str, Any]) -> str:
     on = f"{last['device']}, torch {last['versions']['torch']}"
     commands = " and ".join(f"`{each}`" for each in dict.fromkeys(row["command"] for row in result["runs"]))
     lines = [*markdown(head, rows, 2), "", f"{on}, windows of {last['context']:,} tokens: {commands}."]
-    for row in result["speed"]:
-        where = f"{row['shape']}, {row['dtype']}, {row['batch']} x {row['length']:,} tokens, {row['device']}"
-        way = f", {row['routed']}" if "routed" in row else ""
-        lines += [
-            "",
-            f"{row['what']}{way}, {where}: {row['speedup']:.2f} times dense ({row['dense']}), `{row['command']}`.",
+    timed = [
+        [
+            row["what"],
+            f"{row['shape']}, {row['dtype']}, {row['device']}",
+            f"{row['batch']} x {row['length']:,}",
+            row.get("routed", "plain indexing"),
+            f"{row['removed']:.1%}" if row.get("removed") else "",
+            f"{row['speedup']:.2f}x",
         ]
+        for row in result["speed"]
+    ]
+    commands = ", ".join(f"`{each}`" for each in dict.fromkeys(row["command"] for row in result["speed"]))
+    lines += ["", *markdown(["", "model", "tokens", "routed by", "removed", "of dense's speed"], timed, 4)]
+    lines += ["", f"Beside {result['speed'][-1]['dense']}, in one run each: {commands}."]
+    for row in result.get("stages", ()):
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in row["seconds_by_stage"].items())
+        whole = f"{row['lff_seconds']:.0f} s for the forecasters of {row['seconds']:.0f} s for the pass"
+        lines += ["", f"On {row['device']}, tier minutes: {whole} ({parts}): `{row['command']}`."]
     return "\n".join(lines)
 
 
