@@ -41,7 +41,7 @@ from sparsec.compiler.versions import versions  # noqa: E402
 from sparsec.events import Event  # noqa: E402
 from sparsec.passes.base import Program  # noqa: E402
 from sparsec.passes.informed_routing import InformedRouting  # noqa: E402
-from sparsec.plan import UNITS, Plan, Unit  # noqa: E402
+from sparsec.plan import UNITS, Plan  # noqa: E402
 from sparsec.plugins.attention import Step  # noqa: E402
 from sparsec.plugins.device import device_name  # noqa: E402
 from sparsec.plugins.families import base_plan, unit_modules  # noqa: E402
@@ -305,7 +305,7 @@ def speed(given: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[st
     for name, run, decoding in (("prefill", prefill, False), ("decode step at batch 1", decode, True)):
         runs: dict[Key, list[Tensor]] = {}
 
-        def note(layer: int, unit: Unit, run: Tensor, runs: dict[Key, list[Tensor]] = runs) -> None:
+        def note(layer: int, unit: Any, run: Tensor, runs: dict[Key, list[Tensor]] = runs) -> None:
             runs.setdefault((layer, unit), []).append(run.cpu())
 
         for kernels in ways.values():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from blocks import documents, main
@@ -133,7 +134,7 @@ def _untitled(schema: Any) -> Any:
     return [_untitled(each) for each in schema] if isinstance(schema, list) else schema
 
 
-def _names(names: tuple[str, ...]) -> str:
+def _names(names: Sequence[str]) -> str:
     return ", ".join(names) or "–"
 
 
