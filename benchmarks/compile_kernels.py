@@ -95,12 +95,14 @@ def main() -> None:
         choose.search(values, ints(1), stats, selector, sums, torch.zeros(2, 1, RETRIEVAL, 4), totals, edges)
         decode.chosen_decode(
             one, far, far, ints(1), ints(RETRIEVAL, 16), ints(RETRIEVAL), values, totals, edges, ints(RETRIEVAL),
-            selector, 0, scale, ints(1, RETRIEVAL, items // size, size), partial, lse,
+            ints(RETRIEVAL), ints(RETRIEVAL), 1, selector, 0, scale, ints(1, RETRIEVAL, items // size, size), partial,
+            lse,
         )  # fmt: skip
         if edge.fits(items):
             for scope, sets in (("head", RETRIEVAL), ("layer", 1)):
                 how = selector.model_copy(update={"scope": scope})
-                lists.kept(values, ints(1), how, 0, totals, edges, ints(1, sets, items), ints(1, sets))
+                found = (ints(1, sets, items), ints(1, sets), ints(sets), ints(sets))
+                lists.kept(values, ints(1), how, 0, totals, edges, *found)
             decode.listed_decode(
                 one, far, far, ints(1), ints(RETRIEVAL, 16), ints(RETRIEVAL), ints(1, RETRIEVAL, items),
                 ints(1, RETRIEVAL), ints(RETRIEVAL), item, scale, 64, partial, lse,
@@ -114,8 +116,9 @@ def main() -> None:
         found = torch.zeros(1, RETRIEVAL, SLOTS // 64)
         coarse.score(keys, exponents, means, queries, ints(1), levels, found)
     rows = torch.zeros(1, RETRIEVAL, 4096, 16)
-    chosen = blocks.choose_lists(rows, index, ints(1), 0, 8, SLOTS, prompt, 0)
-    blocks.choose_lists(rows, eight, ints(1), 0, 8, SLOTS, prompt, 0, scales)
+    of = (ints(RETRIEVAL), ints(RETRIEVAL), 1)
+    chosen = blocks.choose_lists(rows, index, ints(1), 0, 8, SLOTS, prompt, 0, *of)
+    blocks.choose_lists(rows, eight, ints(1), 0, 8, SLOTS, prompt, 0, *of, scales)
     blocks.block_prefill(
         q, k, k, q, ints(RETRIEVAL), ints(RETRIEVAL), ints(RETRIEVAL), ints(1), chosen, prompt, 0, scale
     )

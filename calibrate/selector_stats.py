@@ -120,7 +120,8 @@ class SelectorStats:
         keys = seen.k_pos.shape[1]
         if seen.scores is not None:
             turned = selector.model_copy(update={"granularity": other_granularity(selector)})
-            kept = select(seen.scores()[:, :, some], seen.q_pos[:, some], seen.k_pos, turned, seen.plan.min_context)
+            where = (seen.q_pos[:, some], seen.k_pos)
+            kept = select(seen.scores()[:, :, some], *where, turned, seen.plan.min_context, kv_heads=_kv_heads(seen))
             self._others[keys] = kept
         return self._others[keys].to(seen.q.device)
 
@@ -195,7 +196,12 @@ def _oracle(seen: Selection, logits: Tensor, weights: Tensor, some: slice) -> Te
         assert seen.plan.dsa is not None
         best = together.topk(min(seen.plan.dsa.top_k, together.shape[-1]), dim=-1).indices
         return torch.zeros_like(together, dtype=torch.bool).scatter_(-1, best, True) & seen.visible[:, :, some]
-    return select(logits[:, :, some], seen.q_pos[:, some], seen.k_pos, selector, seen.plan.min_context)
+    where = (seen.q_pos[:, some], seen.k_pos)
+    return select(logits[:, :, some], *where, selector, seen.plan.min_context, kv_heads=_kv_heads(seen))
+
+
+def _kv_heads(seen: Selection) -> list[int]:
+    return [head // seen.plan.model.group for head in seen.heads]
 
 
 def _union(seen: Selection, keep: Tensor, distance: Tensor) -> Tensor:

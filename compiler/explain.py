@@ -113,7 +113,7 @@ def _plan_lines(plan: Plan) -> list[str]:
         unit = "tokens" if s.granularity == "token" else f"blocks of {s.block}"
         lines += [
             f"selector  rank {s.rank}, {s.rope}-RoPE, top-p {s.top_p} of {unit}, {s.sinks} sinks and "
-            f"the last {s.recent} forced, one set a {s.scope}",
+            f"the last {s.recent} forced, one set a {s.scope.replace('_', ' ')}",
             *[f"          in prefill too: {s.query_block} rows at a time choose blocks of {s.block}"]
             * (s.prefill == "selector"),
             *_coarse_lines(s),

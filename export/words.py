@@ -254,7 +254,8 @@ def runs(plan: Plan) -> list[tuple[str, str]]:
         s = plan.selector
         unit = "tokens" if s.granularity == "token" else f"blocks of {s.block} tokens"
         indexed = ", ".join(map(str, plan.indexed()))
-        own = "layer (the union over its retrieval heads)" if s.scope == "layer" else "head"
+        joined = "(the union over its retrieval heads)"
+        own = {"layer": f"layer {joined}", "kv_head": f"KV head {joined}", "head": "head"}[s.scope]
         out += [
             (
                 "indexers",

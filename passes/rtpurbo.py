@@ -81,6 +81,10 @@ class Rtpurbo(Pass):
     rope: Literal["pre", "post"] = Field(default="post", description="q and k before (the paper) or after RoPE")
     top_p: float = Field(default=0.9, gt=0, le=1, description="kept share of the selector's mass")
     select: Literal["token", "block"] = Field(default="token", description="granularity of the selection")
+    sets: Literal["head", "kv_head"] = Field(
+        default="head",
+        description="whose each set is: a retrieval head's, or those' that read one KV head (their union)",
+    )
     block: int = Field(default=64, ge=1, description="tokens a block")
     prefill: Literal["dense", "selector"] = Field(
         default="dense", description="prompt rows of retrieval heads: dense (the paper), or key blocks by the selector"
@@ -254,6 +258,7 @@ class Rtpurbo(Pass):
             sinks=window.sinks,
             recent=self.forced_recent,
             min_keep=self.min_keep,
+            scope=self.sets,
             prefill=self.prefill,
             query_block=self.query_block,
             vote_every=self.vote_every,

@@ -91,6 +91,7 @@ class LayerRuntime:
     evicted: Tensor  # local query heads on local KV heads
     windowed: Tensor  # local query heads on full KV heads
     retrieval: Tensor
+    retrieval_kv: tuple[int, ...]  # the KV head that each of them reads
     picked: Picked | Listed | None = None  # this call's query rows, where they are not the last ones (routing.py)
     away: Tensor | None = None  # bool [batch, rows]: decode rows of this call that were routed away
     rope: tuple[Tensor, Tensor] | None = None  # this call's cos, sin
@@ -118,6 +119,7 @@ def layer_runtime(plan: Plan, number: int, indexer: Indexer | None, device: torc
         evicted=tensor(tuple(h for h in layer.local if h // group in local_kv)),
         windowed=tensor(tuple(h for h in layer.local if h // group in full_kv)),
         retrieval=tensor(layer.retrieval),
+        retrieval_kv=tuple(h // group for h in layer.retrieval),
     )
 
 
@@ -396,7 +398,8 @@ def _choose(
         assert index is not None
         assert index.means is not None
         of = candidates(_queries(rt, q, start, stop), index.means, q_pos, k_pos, rt.plan.selector)
-    return select(scores, q_pos, k_pos, rt.plan.selector, rt.plan.min_context, candidates=of)
+    plan = rt.plan
+    return select(scores, q_pos, k_pos, plan.selector, plan.min_context, kv_heads=rt.retrieval_kv, candidates=of)
 
 
 @torch.no_grad()
@@ -474,7 +477,7 @@ def _choose_blocks(
     part, seen = slice(groups.start, groups.stop), past + groups.stop
     scores = queries[:, :, part] @ index.read(seen).transpose(-1, -2)
     q_pos, k_pos = pos[:, past:][:, part], pos[:, :seen]
-    return choose_blocks(scores, numbers[:, part], groups, q_pos, k_pos, rt.plan.selector)
+    return choose_blocks(scores, numbers[:, part], groups, q_pos, k_pos, rt.plan.selector, rt.retrieval_kv)
 
 
 def _native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

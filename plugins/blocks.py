@@ -10,13 +10,14 @@ RTPurbo (arXiv 2605.16928) leaves prefill dense; this is ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparsec.plan import Selector
-from sparsec.plugins.selector import by_block, causal, largest, top_p
+from sparsec.plugins.selector import by_block, causal, largest, top_p, united
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,13 @@ def groups_of(numbers: Tensor, start: int, stop: int) -> Groups | None:
 
 
 def choose_blocks(
-    scores: Tensor, numbers: Tensor, groups: Groups, q_pos: Tensor, k_pos: Tensor, selector: Selector
+    scores: Tensor,
+    numbers: Tensor,
+    groups: Groups,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    selector: Selector,
+    kv_heads: Sequence[int] = (),
 ) -> Tensor:
     """The key blocks that each group keeps.
 
@@ -57,6 +64,7 @@ def choose_blocks(
         scores: [batch, heads, rows, keys] float32, the rows of all groups, any causal state (masked here).
         numbers: [batch, rows] of :func:`group_numbers`.
         q_pos, k_pos: [batch, rows] and [batch, keys], token numbers from 0; -1 marks padding.
+        kv_heads: as in :func:`sparsec.plugins.selector.select`.
 
     Returns:
         bool [batch, heads (1 for scope 'layer'), groups, key blocks].
@@ -85,7 +93,7 @@ def choose_blocks(
     forced = (near | (block * selector.block < selector.sinks))[:, None]
     least = -(-selector.min_keep // selector.block)
     keep = top_p(mean, selector.top_p) | largest(mean.masked_fill(forced, 0.0), least) | forced
-    return keep.any(1, keepdim=True) if selector.scope == "layer" else keep
+    return united(keep, selector, kv_heads)
 
 
 def kept_keys(sets: Tensor, groups: Groups, k_pos: Tensor, visible: Tensor, block: int) -> Tensor:

@@ -8,6 +8,8 @@ trained on softmax(s), so any scale is inside them and p means what it meant in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +82,7 @@ def select(
     min_context: int,
     *,
     union: bool | None = None,
+    kv_heads: Sequence[int] = (),
     candidates: Tensor | None = None,
 ) -> Tensor:
     """The keys that each row keeps.
@@ -90,6 +93,7 @@ def select(
         selector: how to choose; ``scope`` 'layer' gives the union over heads.
         min_context: rows whose context is at most this long keep everything.
         union: overrides the selector's scope (for measuring).
+        kv_heads: the KV head that each head reads, for ``scope`` 'kv_head'; its heads all get the union of theirs.
         candidates: bool as ``scores``, whole blocks and all forced ones: of a coarse level, all others weigh nothing.
 
     Returns:
@@ -114,8 +118,18 @@ def select(
         keep = keep & candidates
     short = (q_pos < min_context)[:, None, :, None]
     keep = (keep | short) & visible
-    if union if union is not None else selector.scope == "layer":
-        keep = keep.any(1, keepdim=True)
+    if union is None:
+        return united(keep, selector, kv_heads)
+    return keep.any(1, keepdim=True) if union else keep
+
+
+def united(keep: Tensor, selector: Selector, kv_heads: Sequence[int]) -> Tensor:
+    """Sets as the selector's scope has them: bool [batch, heads, ...] -> the same, or [batch, 1, ...] for a layer's."""
+    if selector.scope == "layer":
+        return keep.any(1, keepdim=True)
+    if selector.scope == "kv_head" and keep.shape[1]:
+        of = torch.tensor(kv_heads, device=keep.device)
+        return torch.stack([keep[:, of == kv].any(1) for kv in kv_heads], 1)
     return keep
 
 

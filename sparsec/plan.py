@@ -87,9 +87,10 @@ class Selector(Strict):
     sinks: int = Field(ge=0, description="first tokens that are always kept")
     recent: int = Field(ge=0, description="latest tokens that are always kept, the current one included")
     min_keep: int = Field(default=0, ge=0, description="at least so many tokens are kept beside the forced ones")
-    scope: Literal["head", "layer"] = Field(
+    scope: Literal["head", "kv_head", "layer"] = Field(
         default="head",
-        description="head: each retrieval head its own set; layer: their union, one set a layer",
+        description="head: each retrieval head its own set; kv_head: the union of those that read one KV head; "
+        "layer: the union of all, one set a layer",
     )
     prefill: Literal["dense", "selector"] = Field(
         default="dense", description="prefill rows: all causal keys, or blocks of keys chosen for each query block"

@@ -51,6 +51,10 @@ def make_tensors(plan: Plan, seed: int = 3) -> dict[str, Tensor]:
 PLANS = {
     "shared index": make_plan(),
     "a set a head": make_plan(index=("full", "full", "none", "full"), scope="head"),
+    "a set a KV head": make_plan(index=("full", "full", "none", "full"), scope="kv_head"),
+    "a set a KV head, query blocks": make_plan(
+        index=("full", "full", "none", "full"), scope="kv_head", prefill="selector", query_block=5, block=3
+    ),
     "blocks": make_plan(granularity="block"),
     "after RoPE": make_plan(rope="post"),
     "a floor": make_plan(top_p=0.2, min_keep=6),
@@ -252,7 +256,9 @@ def reference(model: Any, plan: Plan, tensors: dict[str, Tensor], prompt: int) -
                         allowed = set(near) | set(range(min(plan.window.sinks, t + 1)))  # type: ignore[union-attr]
                     elif (t >= prompt or chooses) and layer.index != "none":
                         shared = sets[plan.index_source(i), b, t]
-                        allowed = per_head[h] if plan.selector.scope == "head" else shared  # type: ignore[union-attr]
+                        beside = [s for other, s in per_head.items() if other // group == h // group]
+                        scope = {"head": per_head.get(h), "kv_head": set().union(*beside), "layer": shared}
+                        allowed = scope[plan.selector.scope] or set()  # type: ignore[union-attr]
                     else:
                         allowed = set(range(t + 1))
                     at = torch.tensor(sorted(allowed))

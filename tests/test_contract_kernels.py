@@ -56,6 +56,7 @@ def generated(model: Any, ids: Tensor, mask: Tensor | None, kernels: Any, chunks
 
 ON_KERNELS = {
     **{name: PLANS[name] for name in ("shared index", "a set a head", "blocks", "after RoPE", "no selector")},
+    **{name: PLANS[name] for name in ("a set a KV head", "a set a KV head, query blocks")},
     **{name: PLANS[name] for name in ("crossing while decoding", "query blocks")},
     "query blocks of which some rows vote": PLANS["query blocks of which some rows vote"],
     "index keys in fp8": PLANS["index keys in fp8"],

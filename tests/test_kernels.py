@@ -220,16 +220,18 @@ def test_a_decode_step(name: str, way: str) -> None:
     each = torch.tensor([[h] + [-1] * 15 for h in RETRIEVAL], dtype=torch.int32, device=DEVICE)
     groups = by_kv(RETRIEVAL) if union else (each, ints(*(h // 4 for h in RETRIEVAL)))
     sets = ints(*(0 if union else i for i in range(len(groups[1]))))
+    of = (ints(0), ints(len(RETRIEVAL))) if union else (ints(*range(len(RETRIEVAL))), ints(*[1] * len(RETRIEVAL)))
     if way == "list":
         found = torch.empty(batch, 1 if union else len(RETRIEVAL), items, dtype=torch.int32, device=DEVICE)
         counts = torch.empty(found.shape[:2], dtype=torch.int32, device=DEVICE)
-        lists.kept(values, lengths, case.selector, 0, totals, edges, found, counts)
+        lists.kept(values, lengths, case.selector, 0, totals, edges, found, counts, *of)
         decode.listed_decode(q, k, v, lengths, *groups, found, counts, sets, item, dim**-0.5, ranges, partial, lse)
     else:
         scratch = torch.empty(batch, len(sets), ranges, size, dtype=torch.int32, device=DEVICE)
         decode.chosen_decode(
-            q, k, v, lengths, *groups, values, totals, edges, sets, case.selector, 0, dim**-0.5, scratch, partial, lse
-        )
+            q, k, v, lengths, *groups, values, totals, edges, sets, *of, len(RETRIEVAL) if union else 1, case.selector,
+            0, dim**-0.5, scratch, partial, lse,
+        )  # fmt: skip
     out = torch.full_like(q, float("nan"))
     decode.combine(partial, lse, ints(*(3 if h in local else ranges for h in range(HEADS))), out, lengths)
     assert lengths.tolist() == list(case.lengths), "the new token is counted"
@@ -318,7 +320,8 @@ def test_groups_choose_the_blocks_that_the_reference_chooses(
     true = choose_blocks(scores, numbers, groups, q_pos, k_pos, how)
     group, count = blocks.group_range(past, rows, 6, how)[0]
     assert count == groups.count
-    found = blocks.choose_lists(queries, keys, ints(past, past), group, count, past + rows, how, 0, scales)
+    of = (ints(0), ints(3), 3) if scope == "layer" else (ints(0, 1, 2), ints(1, 1, 1), 1)
+    found = blocks.choose_lists(queries, keys, ints(past, past), group, count, past + rows, how, 0, *of, scales)
     for b in range(2):
         for line in range(true.shape[1]):
             for place in range(count):

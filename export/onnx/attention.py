@@ -263,9 +263,19 @@ def _kept(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int]) -> Ten
         name = "SelectBlocks" if selector.granularity == "block" else "SelectTokens"
         shape = (index.shape[0], len(heads), index.shape[2])
         keep = node(name, (queries, index, call.lengths), shape, torch.bool, **attributes)
-        union = selector.scope == "layer"
-        call.kept[source] = node("Union", (keep,), (shape[0], 1, shape[2]), torch.bool) if union else keep
+        call.kept[source] = _united(keep, selector.scope, [h // plan.model.group for h in heads])
     return call.kept[source]
+
+
+def _united(keep: Tensor, scope: str, kv_heads: Sequence[int]) -> Tensor:
+    """Sets as the selector's scope has them: one a head, or [batch, 1, slots] for a layer's."""
+    if scope == "head":
+        return keep
+    one = (keep.shape[0], 1, keep.shape[2])
+    if scope == "layer":
+        return node("Union", (keep,), one, torch.bool)
+    places = [[i for i, other in enumerate(kv_heads) if other == kv] for kv in kv_heads]
+    return torch.cat([node("Union", (keep[:, of[0] : of[-1] + 1],), one, torch.bool) for of in places], 1)
 
 
 def _masked(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int], near: dict[str, Any]) -> Tensor:

@@ -104,7 +104,8 @@ def _chosen_blocks(
         blocks.group_range(start, stop - start, len(q) * len(rt.layer.retrieval), selector)
     ):
         if queries is not None:
-            chosen = (queries, cache.index, first, group, count, stop, selector, least, cache.scales)
+            sets = (tables.first, tables.members, tables.most)
+            chosen = (queries, cache.index, first, group, count, stop, selector, least, *sets, cache.scales)
             source.append(blocks.choose_lists(*chosen))
         blocks.block_prefill(
             q, *cache.far, out, tables.retrieval, tables.retrieval_places, tables.list_of, first, source[place],
@@ -148,7 +149,7 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
                 scores = _scored(rt, cache, queries, item, items)
                 wait_for_chain()  # windows run beside the search's few programs; scores need the bandwidth
                 found: tuple[Tensor, ...] = (
-                    _listed(rt, cache.lengths, scores[0]) if listed else _searched(rt, cache.lengths, *scores)
+                    _listed(rt, cache.lengths, scores[0], tables) if listed else _searched(rt, cache.lengths, *scores)
                 )
                 step.kernel_sets = {rt.number: found}  # shared layers read this one alone
             found = step.kernel_sets[plan.index_source(rt.number)]
@@ -162,8 +163,8 @@ def decode_step(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, s
                 values, totals, edges = found
                 scratch = torch.empty(batch, len(tables.sets), ranges, size, dtype=torch.int32, device=q.device)
                 decode.chosen_decode(
-                    q, *cache.far, cache.lengths, *tables.chosen, values, totals, edges, tables.sets, selector,
-                    plan.min_context, scale, scratch, partial, lse,
+                    q, *cache.far, cache.lengths, *tables.chosen, values, totals, edges, tables.sets, tables.first,
+                    tables.members, tables.most, selector, plan.min_context, scale, scratch, partial, lse,
                 )  # fmt: skip
         elif len(tables.retrieval):
             endless = Window(size=ALL, sinks=0)
@@ -216,16 +217,17 @@ def _scored(rt: LayerRuntime, cache: KernelLayer, queries: Tensor, item: int, it
     return values, stats
 
 
-def _listed(rt: LayerRuntime, lengths: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _listed(rt: LayerRuntime, lengths: Tensor, values: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
     """The lists of what is kept, and their lengths."""
     selector = rt.plan.selector
     assert selector is not None
     batch, scored, items = values.shape
     totals, edges = values.new_empty(batch, scored), values.new_empty(batch, scored, 2)
-    sets = 1 if selector.scope == "layer" else scored
+    sets = len(tables.first)
     found = values.new_empty(batch, sets, items, dtype=torch.int32)
     counts = values.new_empty(batch, sets, dtype=torch.int32)
-    lists.kept(values, lengths, selector, rt.plan.min_context, totals, edges, found, counts)
+    least = rt.plan.min_context
+    lists.kept(values, lengths, selector, least, totals, edges, found, counts, tables.first, tables.members)
     return found, counts
 
 

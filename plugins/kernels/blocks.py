@@ -163,13 +163,14 @@ def _group_edges(
 
 @triton.jit
 def _group_lists(
-    masses, edges, first, group0, rows, scored, blocks,
+    masses, edges, first, set_first, set_members, group0, rows, scored, blocks,
     lists, counts,
     ALL: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, MIN_CONTEXT: tl.constexpr,
     ROWS: tl.constexpr, ITEM: tl.constexpr, UNION: tl.constexpr, SLACK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, set, sequence): the blocks kept, ascending. A set is a scored head's, or the union of all."""
+    """Program (group, set, sequence): the blocks that any of the set's heads keeps, ascending."""
     local, which, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin_of, size = tl.load(set_first + which), tl.load(set_members + which)
     oldest, newest = _span(group0 + local, tl.load(first + b), rows, MIN_CONTEXT, ROWS)
     recent = oldest - RECENT + 1
     here = tl.where(newest >= oldest, newest // ITEM + 1, 0)
@@ -183,7 +184,7 @@ def _group_lists(
             keep = begin >= 0
         else:
             for other in tl.static_range(UNION):
-                line = (b * scored + which + other).to(tl.int64) * tl.num_programs(0) + local
+                line = (b * scored + begin_of + tl.minimum(other, size - 1)).to(tl.int64) * tl.num_programs(0) + local
                 value = tl.load(masses + line * blocks + block, mask=block < here, other=float("-inf"))
                 keep = keep | (value >= tl.load(edges + line * 2) - SLACK)
                 if MIN_KEEP > 0:
@@ -269,7 +270,7 @@ def _votes(selector: Selector) -> int:
 
 def choose_lists(
     queries: Tensor, index: Tensor, first: Tensor, group: int, groups: int, tokens: int, selector: Selector,
-    min_context: int, scales: Tensor | None = None,
+    min_context: int, set_first: Tensor, set_members: Tensor, most: int, scales: Tensor | None = None,
 ) -> Lists:  # fmt: skip
     """What some groups keep.
 
@@ -279,13 +280,13 @@ def choose_lists(
             :func:`sparsec.plugins.kernels.choose.score`.
         first: int32 [batch], the token number of row 0, negative where rows are padding.
         group, groups: which; tokens: the longest sequence, these rows included.
+        set_first, set_members: int32 [sets], which scored heads a set is the union of; ``most``: so many at most.
     """
     batch, scored, rows, rank = queries.shape
     item = selector.block
     blocks, votes = triton.cdiv(tokens, item), _votes(selector)
     size = max(64, votes)
     packs = triton.cdiv(groups, size // votes)
-    union = selector.scope == "layer"
     masses, edges = queries.new_empty(batch, scored, groups, blocks), queries.new_empty(batch, scored, groups, 2)
     shape = {"MIN_CONTEXT": min_context, "ROWS": selector.query_block, "ITEM": item}
     voting = {"EVERY": selector.vote_every, "VOTES": votes, "BLOCK_M": size}
@@ -304,12 +305,12 @@ def choose_lists(
             P=selector.top_p, TILE=max(16, 4096 // votes), FAST=256, WAYS=WAYS, PASSES=PASSES, **forced, **shape,
             **voting, num_warps=4,
         )  # fmt: skip
-    sets = 1 if union else scored
+    sets = len(set_first)
     lists = torch.empty(batch, sets, groups, blocks, dtype=torch.int32, device=queries.device)
     counts = torch.empty(batch, sets, groups, dtype=torch.int32, device=queries.device)
     _group_lists[groups, sets, batch](
-        masses, edges, first, group, rows, scored, blocks, lists, counts,
-        ALL=selector.top_p >= 1, UNION=scored if union else 1, SLACK=-math.log1p(-TIE), TILE=256, **forced, **shape,
+        masses, edges, first, set_first, set_members, group, rows, scored, blocks, lists, counts,
+        ALL=selector.top_p >= 1, UNION=most, SLACK=-math.log1p(-TIE), TILE=256, **forced, **shape,
         num_warps=4,
     )  # fmt: skip
     return Lists(group, lists, counts)

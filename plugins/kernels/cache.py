@@ -13,6 +13,7 @@ columns, padding included, on the host, so that nothing waits for the device.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -222,15 +223,23 @@ class Tables:
         self.beside_heads = (ints(windowed), ints(h // group for h in windowed))
         self.beside_places = (ints(windowed), ints(place[h // group] for h in windowed))
         self.retrieval_places = ints(place[h // group] for h in layer.retrieval)
-        union = plan.selector is not None and plan.selector.scope == "layer"
-        if union:
-            self.chosen = grouped(list(layer.retrieval))
-            self.sets = ints(0 for _ in range(len(self.chosen[1])))
-        else:
+        # Sets of kept items, each of so many retrieval heads, which lie one behind the other.
+        scope = plan.selector.scope if plan.selector is not None else "head"
+        of = {"head": list(range(len(layer.retrieval))), "kv_head": self.retrieval_kv_heads}
+        alike = of.get(scope, [0] * len(layer.retrieval))
+        sizes = Counter(alike)
+        self.most = max(sizes.values(), default=1)
+        self.first, self.members = ints(alike.index(one) for one in sizes), ints(sizes.values())
+        numbers = {one: number for number, one in enumerate(sizes)}
+        self.list_of = ints(numbers[one] for one in alike)  # of prompts' block lists
+        if scope == "head":
             rows = [[h] + [-1] * 15 for h in layer.retrieval]
             self.chosen = (torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 16), self.retrieval_places)
-            self.sets = ints(range(len(layer.retrieval)))
-        self.list_of = ints((0 if union else i) for i in range(len(layer.retrieval)))  # of prompts' block lists
+            self.sets = self.list_of
+        else:
+            self.chosen = grouped(list(layer.retrieval))
+            by_place = {place[h // group]: numbers[one] for h, one in zip(layer.retrieval, alike, strict=True)}
+            self.sets = ints(by_place[where] for where in self.chosen[1].tolist())
         self._shares: dict[tuple[int, int], Tensor] = {}
 
     def shares(self, local: int, retrieval: int) -> Tensor:

@@ -153,7 +153,7 @@ def _window_decode(
 
 @triton.jit
 def _chosen_decode(
-    q, k, v, lengths, heads, kv_heads, values, totals, edges, sets,
+    q, k, v, lengths, heads, kv_heads, values, totals, edges, sets, first, members,
     q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row, layer_heads, most, scored, items,
     lists, partial, lse,
     SCALE: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr,
@@ -170,9 +170,10 @@ def _chosen_decode(
     if EVERY:
         keep = there
     else:
-        first = tl.load(sets + group)
+        which = tl.load(sets + group)
+        begin_of, size = tl.load(first + which), tl.load(members + which)
         for other in tl.static_range(UNION):
-            row = (b * scored + first + other).to(tl.int64)
+            row = (b * scored + begin_of + tl.minimum(other, size - 1)).to(tl.int64)
             value = tl.load(values + row * items + item, mask=there, other=float("-inf"))
             keep = keep | (value >= tl.load(edges + row * 2) - SLACK)
             if MIN_KEEP > 0:
@@ -329,6 +330,9 @@ def chosen_decode(
     totals: Tensor,
     edges: Tensor,
     sets: Tensor,
+    first: Tensor,
+    members: Tensor,
+    most: int,
     selector: Selector,
     min_context: int,
     scale: float,
@@ -341,20 +345,21 @@ def chosen_decode(
     Args:
         values: float32 [batch, scored heads, items], totals: [batch, scored heads], edges: [batch, scored heads, 2],
             as :mod:`sparsec.plugins.kernels.choose` leaves them; of a shared layer the full layer's below.
-        sets: int32 [groups], the scored head that a group follows; with scope 'layer' 0: the union of all.
+        sets: int32 [groups], the set that a group follows.
+        first, members: int32 [sets], which scored heads a set is the union of; ``most``: so many at most.
         lists: int32 [batch, groups, ranges, RANGE], scratch; ranges x RANGE covers the items.
         Others: as in :func:`window_decode`.
     """
     batch, layer_heads, _, dim = q.shape
     ranges, size = lists.shape[2:]
     _chosen_decode[ranges, len(heads), batch](
-        q, k, v, lengths, heads, kv_heads, values, totals, edges, sets,
+        q, k, v, lengths, heads, kv_heads, values, totals, edges, sets, first, members,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], layer_heads, lse.shape[2], *values.shape[1:],
         lists, partial, lse,
         SCALE=scale * math.log2(math.e), SINKS=selector.sinks, RECENT=selector.recent, MIN_KEEP=selector.min_keep,
         MIN_CONTEXT=min_context, EVERY=selector.top_p >= 1,
         ITEM=selector.block if selector.granularity == "block" else 1,
-        UNION=values.shape[1] if selector.scope == "layer" else 1, SLACK=-math.log1p(-TIE),
+        UNION=most, SLACK=-math.log1p(-TIE),
         DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_N=KEYS, RANGE=size, num_warps=4, num_stages=3,
     )  # fmt: skip
 

@@ -96,13 +96,14 @@ def _search_held(
 
 @triton.jit
 def _union(
-    values, lengths, totals, edges, scored, items,
+    values, lengths, totals, edges, first, members, scored, items,
     lists, counts,
     SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, MIN_CONTEXT: tl.constexpr,
     ALL: tl.constexpr, ITEM: tl.constexpr, TILE: tl.constexpr, SLACK: tl.constexpr,
 ):  # fmt: skip
-    """Program (set, sequence): what any of the sequence's heads keeps, or everything."""
+    """Program (set, sequence): what any of the set's heads keeps, or everything."""
     which, b = tl.program_id(0), tl.program_id(1)
+    begin_of, heads = tl.load(first + which), tl.load(members + which)
     n = tl.load(lengths + b) + 1
     here = tl.cdiv(n, ITEM)
     i = tl.arange(0, TILE)
@@ -114,7 +115,7 @@ def _union(
         if ALL:
             keep = begin >= 0
         else:
-            for h in tl.range(0, scored):
+            for h in tl.range(begin_of, begin_of + heads):
                 line = (b * scored + h).to(tl.int64)
                 value = tl.load(values + line * items + start + i, mask=start + i < here, other=float("-inf"))
                 edge, edge_far = tl.load(edges + line * 2), tl.load(edges + line * 2 + 1)
@@ -128,7 +129,7 @@ def _union(
 
 def kept(
     values: Tensor, lengths: Tensor, selector: Selector, min_context: int, totals: Tensor, edges: Tensor,
-    lists: Tensor, counts: Tensor,
+    lists: Tensor, counts: Tensor, first: Tensor, members: Tensor,
 ) -> None:  # fmt: skip
     """Write down what is kept.
 
@@ -137,8 +138,8 @@ def kept(
             the selector keeps everything.
         lengths: int32 [batch], tokens before the row's own.
         totals, edges: float32 [batch, scored heads] and [batch, scored heads, 2], written.
-        lists: int32 [batch, sets, items], items in ascending order; counts: int32 [batch, sets]. A set is a scored
-            head's, or with scope 'layer' the one of all.
+        lists: int32 [batch, sets, items], items in ascending order; counts: int32 [batch, sets].
+        first, members: int32 [sets], which scored heads a set is the union of.
     """
     batch, scored, items = values.shape
     item = selector.block if selector.granularity == "block" else 1
@@ -157,6 +158,6 @@ def kept(
         )  # fmt: skip
     if not own:
         _union[lists.shape[1], batch](
-            values, lengths, totals, edges, scored, items, lists, counts,
+            values, lengths, totals, edges, first, members, scored, items, lists, counts,
             ALL=selector.top_p >= 1, TILE=min(LINE, max(128, triton.next_power_of_2(items))), num_warps=8, **options,
         )  # fmt: skip
