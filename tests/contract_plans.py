@@ -53,7 +53,7 @@ PLANS = {
     "a set a head": make_plan(index=("full", "full", "none", "full"), scope="head"),
     "a set a KV head": make_plan(index=("full", "full", "none", "full"), scope="kv_head"),
     "a set a KV head, query blocks": make_plan(
-        index=("full", "full", "none", "full"), scope="kv_head", prefill="selector", query_block=5, block=3
+        index=("full", "full", "none", "full"), scope="kv_head", prefill="selector", query_block=5
     ),
     "blocks": make_plan(granularity="block"),
     "after RoPE": make_plan(rope="post"),
