@@ -232,7 +232,10 @@ def _timed(
     """Seconds from the prompt to the first token and of a later step (medians), and bytes resident after the prompt."""
     prefill: list[float] = []
     in_chunks = prompts.shape[1] > max(chunk, WARM)
-    _prompt(model, prompts[:, : 2 * CHUNK] if in_chunks else prompts, make(), chunk)
+    if in_chunks:
+        _prompt(model, prompts[:, : 2 * CHUNK], make(), CHUNK)
+    else:
+        _prompt(model, prompts, make(), chunk)
     cache = None
     for _ in range(REPEATS - 1):
         del cache

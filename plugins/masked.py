@@ -45,7 +45,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, scale: 
         # A KV head's query heads are its rows: nothing is repeated.
         mask = causal(q_pos, k_pos) | (q_pos < 0)[:, None, :, None]
         folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(q.shape)
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
     if rows == keys and bool((k_pos >= 0).all()):
         return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, scale=scale, enable_gqa=shared)
     parts = []

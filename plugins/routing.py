@@ -31,6 +31,7 @@ from sparsec.plugins.selector import rotate
 class UnitRuntime:
     """One routed unit, worked out once."""
 
+    module: nn.Module
     layer: int
     unit: Unit
     forecaster: Forecaster | None
@@ -53,9 +54,14 @@ class UnitRuntime:
             step.observe_paths(self.layer, self.unit, run)
         return run
 
+    def learns(self) -> bool:
+        """Does a weight of the unit want a gradient?"""
+        return any(weight.requires_grad for weight in self.module.parameters())
+
     def decide(self, x: Tensor) -> Paths:
         """Who of [batch, rows] runs the unit; x: [batch, rows, width]."""
-        if not self.kernels or x.requires_grad:
+        learns = torch.is_grad_enabled() and (x.requires_grad or self.learns())
+        if not self.kernels or learns:
             return Paths(self.runs(x), self.forecaster)
         from sparsec.plugins.kernels.paths import ListedPaths
 
@@ -95,7 +101,8 @@ def install_routing(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor])
             module.forecaster = forecaster.to(device)
         module.router = router.to(device)
         place = _forward_of(module)
-        runtime = UnitRuntime(layer, unit, forecaster, router, plan.routing.threshold, getattr(module, place), fused)
+        whole = getattr(module, place)
+        runtime = UnitRuntime(module, layer, unit, forecaster, router, plan.routing.threshold, whole, fused)
         object.__setattr__(module, "sparsec_route", runtime)
         routed = routed_attention if unit == "attention" else routed_mlp
         object.__setattr__(module, place, partial(routed, module))

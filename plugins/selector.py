@@ -127,10 +127,12 @@ def united(keep: Tensor, selector: Selector, kv_heads: Sequence[int]) -> Tensor:
     """Sets as the selector's scope has them: bool [batch, heads, ...] -> the same, or [batch, 1, ...] for a layer's."""
     if selector.scope == "layer":
         return keep.any(1, keepdim=True)
-    if selector.scope == "kv_head" and keep.shape[1]:
-        of = torch.tensor(kv_heads, device=keep.device)
-        return torch.stack([keep[:, of == kv].any(1) for kv in kv_heads], 1)
-    return keep
+    if selector.scope == "head" or not keep.shape[1]:
+        return keep
+    assert len(kv_heads) == keep.shape[1]
+    alike = {kv: [place for place, other in enumerate(kv_heads) if other == kv] for kv in kv_heads}
+    each = {kv: keep[:, of].any(1) for kv, of in alike.items()}
+    return torch.stack([each[kv] for kv in kv_heads], 1)
 
 
 def causal(q_pos: Tensor, k_pos: Tensor) -> Tensor:

@@ -268,14 +268,15 @@ def _kept(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int]) -> Ten
 
 
 def _united(keep: Tensor, scope: str, kv_heads: Sequence[int]) -> Tensor:
-    """Sets as the selector's scope has them: one a head, or [batch, 1, slots] for a layer's."""
+    """Sets as the selector's scope has them: one a head (a KV head's is that of each of its), or [batch, 1, slots]."""
     if scope == "head":
         return keep
     one = (keep.shape[0], 1, keep.shape[2])
     if scope == "layer":
         return node("Union", (keep,), one, torch.bool)
-    places = [[i for i, other in enumerate(kv_heads) if other == kv] for kv in kv_heads]
-    return torch.cat([node("Union", (keep[:, of[0] : of[-1] + 1],), one, torch.bool) for of in places], 1)
+    places = {kv: [i for i, other in enumerate(kv_heads) if other == kv] for kv in kv_heads}
+    each = {kv: node("Union", (keep[:, of[0] : of[-1] + 1],), one, torch.bool) for kv, of in places.items()}
+    return torch.cat([each[kv] for kv in kv_heads], 1)
 
 
 def _masked(rt: LayerRuntime, call: Call, rows: Rows, heads: Sequence[int], near: dict[str, Any]) -> Tensor:
