@@ -392,14 +392,14 @@ def _choose(
     rt: LayerRuntime, q: Tensor, start: int, stop: int, index: Index | None, q_pos: Tensor, k_pos: Tensor
 ) -> Tensor:
     """The keys that rows start .. stop keep: [batch, heads or 1, rows, keys]. No gradient goes through a choice."""
-    assert rt.plan.selector is not None
+    selector = rt.plan.selector
+    assert selector is not None
     scores, of = _scores(rt, q, start, stop, index, k_pos.shape[1]), None
-    if rt.plan.selector.coarse is not None:
+    if selector.coarse is not None:
         assert index is not None
         assert index.means is not None
-        of = candidates(_queries(rt, q, start, stop), index.means, q_pos, k_pos, rt.plan.selector)
-    plan = rt.plan
-    return select(scores, q_pos, k_pos, plan.selector, plan.min_context, kv_heads=rt.retrieval_kv, candidates=of)
+        of = candidates(_queries(rt, q, start, stop), index.means, q_pos, k_pos, selector)
+    return select(scores, q_pos, k_pos, selector, rt.plan.min_context, kv_heads=rt.retrieval_kv, candidates=of)
 
 
 @torch.no_grad()
