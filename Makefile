@@ -47,6 +47,7 @@ pytest: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/routing_curves.py
 
 # Out of Debian packages: nothing of texts/eval is in texts/train.
 texts: | $(VENV)/.torch
