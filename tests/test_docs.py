@@ -82,7 +82,7 @@ PARSED = {  # minutes of work: name, options and their types are checked
     "sparsec compile path/to/model --passes rtpurbo,indexcache --keep 25% --calibration path/to/texts -o out/model",
     "sparsec compile path/to/model --passes rtpurbo --set rtpurbo.ratio=0.2 --set gate.max_loss=0.02 -o out/model",
     "sparsec compile path/to/model --passes rtpurbo,distill --calibration path/to/texts --device cuda -o out/model",
-    "sparsec compile demo --passes rtpurbo,indexcache,distill --tier minutes -o out/model",
+    "sparsec compile demo --passes rtpurbo,distill --tier minutes --calibration texts/train -o out/minutes",
     "sparsec eval out/demo --lengths 2048,4096 -o eval.json",
     "sparsec eval out/split out/demo --tasks ruler --prompts 100 --decode-tokens 1024 --device cuda --batch-size 100",
 }
