@@ -101,8 +101,8 @@ def main() -> None:
         if edge.fits(items):
             for scope, sets in (("head", RETRIEVAL), ("layer", 1)):
                 how = selector.model_copy(update={"scope": scope})
-                found = (ints(1, sets, items), ints(1, sets), ints(sets), ints(sets))
-                lists.kept(values, ints(1), how, 0, totals, edges, *found)
+                kept = (ints(1, sets, items), ints(1, sets), ints(sets), ints(sets))
+                lists.kept(values, ints(1), how, 0, totals, edges, *kept)
             decode.listed_decode(
                 one, far, far, ints(1), ints(RETRIEVAL, 16), ints(RETRIEVAL), ints(1, RETRIEVAL, items),
                 ints(1, RETRIEVAL), ints(RETRIEVAL), item, scale, 64, partial, lse,
