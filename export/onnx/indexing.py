@@ -72,6 +72,23 @@ _POOLED = f"""
     begun = LessOrEqual (blocks, own_e)
 """
 
+
+def _best(attribute: str, kept: str) -> str:
+    """``kept`` [B, T, C]: tokens of a row's best ``scores``, so many as the attribute says, or all that it may see."""
+    return f"""
+    slots_n = Shape <start = 2, end = 3> (scores)
+    zeros_l = Constant <value_ints = [0]> ()
+    wanted_s = Constant <value_int: int = @{attribute}> ()
+    wanted = Unsqueeze (wanted_s, zeros_l)
+    most = Min (wanted, slots_n)
+    best, best_at = TopK <axis = -1> (scores, most)
+    hidden = Constant <value_float = -inf> ()
+    there = Greater (best, hidden)
+    never = Less (scores, scores)
+    {kept} = ScatterElements <axis = -1> (never, best_at, there)
+"""
+
+
 INDEXING = {
     # I of every token that a row sees; the heads of q and w may be some.
     "IndexScores": f"""
@@ -137,20 +154,11 @@ RouteHeads <block, heads> (q, w, index, lengths) => (best) {{
     most, best = TopK <axis = -1> (energy, heads_n)
 }}""",
     # MISA's second stage: the best candidates by ``scores`` have their score of ``every`` head, the others none.
-    "Rescore": """
-Rescore <candidates> (scores, every) => (again) {
-    slots_n = Shape <start = 2, end = 3> (scores)
-    zeros_l = Constant <value_ints = [0]> ()
-    wanted_s = Constant <value_int: int = @candidates> ()
-    wanted = Unsqueeze (wanted_s, zeros_l)
-    most = Min (wanted, slots_n)
-    best, best_at = TopK <axis = -1> (scores, most)
-    hidden = Constant <value_float = -inf> ()
-    there = Greater (best, hidden)
-    never = Less (scores, scores)
-    candidate = ScatterElements <axis = -1> (never, best_at, there)
+    "Rescore": f"""
+Rescore <candidates> (scores, every) => (again) {{
+    {_best("candidates", "candidate")}
     again = Where (candidate, every, hidden)
-}""",
+}}""",
     # A length gate: rows of at most ``min_context`` tokens have their score of ``every`` token and head.
     "ShortRows": f"""
 ShortRows <min_context> (scores, every, lengths) => (gated) {{
@@ -163,17 +171,8 @@ ShortRows <min_context> (scores, every, lengths) => (gated) {{
     gated = Where (short_l, every, scores)
 }}""",
     # The ``top_k`` best tokens of each row, or all that it may look at where they are fewer: bool [B, T, C].
-    "TopTokens": """
-TopTokens <top_k> (scores) => (keep) {
-    slots_n = Shape <start = 2, end = 3> (scores)
-    zeros_l = Constant <value_ints = [0]> ()
-    wanted_s = Constant <value_int: int = @top_k> ()
-    wanted = Unsqueeze (wanted_s, zeros_l)
-    most = Min (wanted, slots_n)
-    best, best_at = TopK <axis = -1> (scores, most)
-    hidden = Constant <value_float = -inf> ()
-    there = Greater (best, hidden)
-    never = Less (scores, scores)
-    keep = ScatterElements <axis = -1> (never, best_at, there)
-}""",
+    "TopTokens": f"""
+TopTokens <top_k> (scores) => (keep) {{
+    {_best("top_k", "keep")}
+}}""",
 }
