@@ -212,17 +212,14 @@ def _dense(model: Any, prompts: Tensor, tokens: int) -> dict[str, Any]:
 
 def _fitting(model: Any, prompts: Tensor, tokens: int, make: Callable[[], Any]) -> dict[str, Any]:
     """Dense prompts in one forward; in chunks where they are too long for that, or the memory too small."""
-    for chunk in (WHOLE, CHUNK):
-        try:
-            made = _timed(model, prompts, tokens, make, graphs=True, chunk=chunk)
-        except torch.OutOfMemoryError:
-            if chunk == CHUNK or prompts.shape[1] > WHOLE:
-                raise
-        else:
-            return made | {"prompt_chunk": chunk}
-        gc.collect()
-        torch.cuda.empty_cache()
-    raise AssertionError
+    try:
+        return _timed(model, prompts, tokens, make, graphs=True, chunk=WHOLE) | {"prompt_chunk": WHOLE}
+    except torch.OutOfMemoryError:
+        if prompts.shape[1] > WHOLE:  # it was read in chunks
+            raise
+    gc.collect()
+    torch.cuda.empty_cache()
+    return _timed(model, prompts, tokens, make, graphs=True, chunk=CHUNK) | {"prompt_chunk": CHUNK}
 
 
 @torch.no_grad()
