@@ -41,6 +41,10 @@ PLANS: dict[str, dict[str, Any]] = {
         "selector": {**SELECTOR, "rope": "pre", "granularity": "block", "scope": "head"},
         "layers": [MIXED[0], {"heads": (1, 1, 1, 0), "index": "full"}, {"heads": (0, 1, 1, 1)}],
     },
+    "tokens of every KV head": {
+        "selector": {**SELECTOR, "scope": "kv_head"},
+        "layers": [MIXED[0], {"heads": (1, 1, 1, 0), "index": "full"}, {"heads": (0, 0, 0, 0)}],
+    },
 }
 
 

@@ -53,6 +53,7 @@ RAZOR = {"window": 32, "draws": 2, "copies": 3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtpurbo": ("rtpurbo", {}),
     "rtpurbo whole KV heads": ("rtpurbo", {"granularity": "kv_head"}),
+    "rtpurbo, a set a KV head": ("rtpurbo", {"granularity": "kv_head", "sets": "kv_head"}),
     "rtpurbo blocks after RoPE": ("rtpurbo", {"select": "block", "block": 8, "reach": 1024}),
     "rtpurbo before RoPE, on stretched positions": ("rtpurbo", {"rope": "pre", "reach": 1024}),
     "rtpurbo without training": ("rtpurbo", {"steps": 0, "target": "all"}),
