@@ -253,6 +253,14 @@ def test_written_blocks_are_fresh(
     assert ended.value.code == 0, capsys.readouterr().out
 
 
+def test_the_drawing_of_routing_is_of_the_kept_figures() -> None:
+    curves = script("benchmarks/routing_curves.py")
+    runs = json.loads(curves.RESULT.read_text(encoding="utf-8"))["runs"]
+    lines = curves.lines_of(runs)
+    assert {name: len(points) for name, points in lines.items()} == dict.fromkeys(lines, 3)
+    assert curves.DRAWING.read_text(encoding="utf-8") == curves.drawn(lines)
+
+
 def test_a_stale_block_is_noticed_and_an_open_one_refused() -> None:
     filled = script("docs/blocks.py").filled
     text = "a\n<!-- table: eval -->\nold\n<!-- end -->\nb\n"
