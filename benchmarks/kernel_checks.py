@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,9 +35,16 @@ WAYS: dict[str, dict[str, Any]] = {  # of index keys, beside the model's dtype a
 WRONG = 1e-2  # relative error against float64 from which on a result is wrong
 
 
-def plan(window: int, granularity: str, prefill: str = "dense", every: int = 1, **more: Any) -> Plan:
+def plan(
+    window: int,
+    granularity: str,
+    prefill: str = "dense",
+    every: int = 1,
+    retrieval: Sequence[int] = RETRIEVAL,
+    **more: Any,
+) -> Plan:
     """A plan of one layer. every: prompt rows of which one votes; more: of the selector."""
-    heads = tuple(int(head in RETRIEVAL) for head in range(HEADS))
+    heads = tuple(int(head in retrieval) for head in range(HEADS))
     return Plan.parse(
         {
             "format": 1,
@@ -56,14 +64,15 @@ def plan(window: int, granularity: str, prefill: str = "dense", every: int = 1, 
 def runtime(of: Plan, dtype: torch.dtype, length: int, rate: float, seed: int) -> tuple[LayerRuntime, KernelLayer]:
     """A layer with a cache of ``length`` random tokens, of whose blocks ``rate`` will be kept."""
     generator = torch.Generator(GPU).manual_seed(seed)
-    projections = torch.randn(2, len(RETRIEVAL), RANK, DIM, generator=generator, device=GPU) * DIM**-0.5
+    retrieval = of.layers[0].retrieval
+    projections = torch.randn(2, len(retrieval), RANK, DIM, generator=generator, device=GPU) * DIM**-0.5
     rt = layer_runtime(of, 0, Indexer(*projections).to(GPU), GPU)
     rt.cache = cache = KernelLayer(of, 0)
     cache.prepare(torch.empty(1, KV, 1, DIM, dtype=dtype, device=GPU), RANK, length + BLOCK)
     for store in (*cache.near, *cache.far):
         store.normal_(generator=generator)
     # The first direction of an index key is what queries are made to look at: high in a few blocks, low elsewhere.
-    hot = torch.rand(len(RETRIEVAL), cache.slots // BLOCK + 1, generator=generator, device=GPU) < rate / 0.9
+    hot = torch.rand(len(retrieval), cache.slots // BLOCK + 1, generator=generator, device=GPU) < rate / 0.9
     index = torch.empty(cache.index.shape, dtype=dtype, device=GPU).normal_(generator=generator).mul_(0.02)
     at = hot.repeat_interleave(BLOCK, 1)[:, : index.shape[2]]
     index[0, :, :, 0] += torch.where(at, 4.0, -4.0).to(dtype)
@@ -83,7 +92,7 @@ def new_rows(rt: LayerRuntime, dtype: torch.dtype, rows: int, seed: int) -> tupl
     generator = torch.Generator(GPU).manual_seed(seed)
     q = torch.randn(1, rows, HEADS, DIM, generator=generator, device=GPU)
     assert rt.indexer is not None
-    for place, head in enumerate(RETRIEVAL):
+    for place, head in enumerate(rt.layer.retrieval):
         wq = rt.indexer.q_proj.weight[place]
         wanted = torch.zeros(RANK, 1, device=GPU)
         wanted[0] = 3.0
@@ -139,6 +148,29 @@ def check_decode(of: Plan, dtype: torch.dtype, length: int) -> dict[str, Any]:
     return {"error": worst, "misplaced": wrong, "kept": statistics.mean(kept)}
 
 
+def check_unions(granularity: str, dtype: torch.dtype, length: int) -> dict[str, Any]:
+    """A step with one set a KV head: the attention of its query heads on the union of what each of them keeps alone."""
+    retrieval = range(2 * HEADS // KV)  # two whole groups
+    alone, together = (plan(1024, granularity, retrieval=retrieval, scope=scope) for scope in ("head", "kv_head"))
+    rt, _ = runtime(alone, dtype, length, 0.1, length)
+    q, k, v = new_rows(rt, dtype, 1, length + 1)
+    step, out = Step(decode=True), torch.full_like(q, float("nan"))
+    kernels.decode_step(rt, step, q, k, v, SCALE, out)
+    n, group = length + 1, HEADS // KV
+    sets = kept_by_kernel(alone, step.kernel_sets[0], n)
+    rt, cache = runtime(together, dtype, length, 0.1, length)
+    kernels.decode_step(rt, Step(decode=True), q, k, v, SCALE, out)
+    worst, kept = 0.0, []
+    for head in retrieval:
+        place = cache.full_kv.index(head // group)
+        seen = sets[head // group * group : (head // group + 1) * group].any(0)
+        keys, values = cache.far[0][0, place, :n][seen], cache.far[1][0, place, :n][seen]
+        true = (keys.double() @ q[0, head, 0].double() * SCALE).softmax(0) @ values.double()
+        worst = max(worst, float((out[0, head, 0].double() - true).norm() / true.norm()))
+        kept.append(float(seen.float().mean()))
+    return {"error": worst, "kept": statistics.mean(kept)}
+
+
 def kept_by_kernel(of: Plan, found: tuple[Tensor, ...], n: int) -> Tensor:
     """bool [retrieval heads, n]: the tokens that a step's kernels kept, out of what they left for shared layers."""
     selector = of.selector
@@ -146,7 +178,7 @@ def kept_by_kernel(of: Plan, found: tuple[Tensor, ...], n: int) -> Tensor:
     item = selector.block if selector.granularity == "block" else 1
     items = -(-n // item)
     if len(found) == 2:  # lists and their lengths
-        kept = torch.zeros(len(RETRIEVAL), items, dtype=torch.bool, device=GPU)
+        kept = torch.zeros(len(of.layers[0].retrieval), items, dtype=torch.bool, device=GPU)
         for row, (listed, count) in enumerate(zip(found[0][0], found[1][0].tolist(), strict=True)):
             kept[row, listed[:count].long()] = True
     else:  # scores and edges

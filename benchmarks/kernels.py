@@ -39,6 +39,7 @@ from kernel_checks import (
     WRONG,
     check_decode,
     check_prefill,
+    check_unions,
     new_rows,
     plan,
     runtime,
@@ -230,6 +231,8 @@ def main() -> None:
                         if granularity == "block" or "coarse" not in changed:
                             way = plan(1024, granularity, **changed)
                             note("checks", f"{name} {more}", partial(check_decode, way, dtype, length))
+                    unions = partial(check_unions, granularity, dtype, length)
+                    note("checks", f"decode {granularity} {length} a set a KV head {dtype}", unions)
             note("checks", f"prefill {dtype}", partial(check_prefill, plan(700, "token"), dtype, 3001))
             for every in VOTE_EVERY:
                 name, by_blocks = f"prefill by blocks, every {every} {dtype}", plan(700, "token", "selector", every)

@@ -38,19 +38,29 @@ def trainable(model: Any, kind: Kind, rank: int, checkpointing: bool | None, see
     else:
         for name, weight in model.named_parameters():
             weight.requires_grad_(not is_added(name) and weight.is_floating_point())
-    if checkpointing is None:
-        checkpointing = sum(w.numel() for w in model.parameters()) > LARGE
-    if checkpointing:
-        _checkpoint(model)
     try:
-        yield
+        with recomputing(model, checkpointing):
+            yield
     finally:
         if wrapped is not None:
             wrapped.merge_and_unload()
             model.__dict__.pop("peft_config", None)
-        if checkpointing:
-            _stop_checkpointing(model)
         model.requires_grad_(False).eval()
+
+
+@contextmanager
+def recomputing(model: Any, wanted: bool | None = None) -> Iterator[None]:
+    """Inside the block activations are recomputed in the backward pass; None: with over a billion weights."""
+    if wanted is None:
+        wanted = sum(w.numel() for w in model.parameters()) > LARGE
+    if wanted:
+        _checkpoint(model)
+    try:
+        yield
+    finally:
+        if wanted:
+            _stop_checkpointing(model)
+            model.eval()
 
 
 def changed_weights(model: Any, before: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from sparsec.events import Event, Listener, silent
 from sparsec.plan import Plan
 from sparsec.plugins.device import device_name
 from sparsec.plugins.families import native_local_layers
+from sparsec.plugins.fused import fused_layers
 from sparsec.plugins.kernels.support import Kernels, chosen, uncapturable
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import added_tensors, install, kv_bytes, new_cache, uninstall, use_kernels
@@ -292,13 +293,14 @@ def _stepper(model: Any, cache: Any, token: Tensor, room: int, graphs: bool) -> 
 
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        fixed()
-        fixed()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fixed()
+    with fused_layers(model, cache):
+        with torch.cuda.stream(stream):
+            fixed()
+            fixed()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            fixed()
     return graph.replay
 
 

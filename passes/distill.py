@@ -9,6 +9,7 @@ frozen). What the papers leave open and what is chosen here: docs/passes/distill
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -23,6 +24,7 @@ from sparsec.errors import PlanError
 from sparsec.events import Event
 from sparsec.passes.base import Cost, Needs, Pass, PassResult, Program, Tier
 from sparsec.plan import Plan
+from sparsec.plugins.fused import fused_layers
 from sparsec.plugins.runtime import applied
 
 LONGEST = 16384  # tokens a window, unless asked for: activations grow with it
@@ -44,7 +46,7 @@ class Distill(Pass):
             "lr": 3e-4,
             "reach": 0.25,
         },
-        "hours": {},
+        "hours": {"weights": "all"},
     }
     summary: ClassVar[str] = "train the weights under the plan against the dense model (RTPurbo's second stage)"
     source: ClassVar[str] = "RTPurbo, arXiv 2605.16928"
@@ -121,8 +123,10 @@ class Distill(Pass):
             questions=self.questions,
             seed=program.seed,
         )
-        held = self._held(model, calibration, length, rows, program.seed)
-        taught = self._taught(program, tokens)
+        fused = fused_layers if model.device.type == "cuda" else nullcontext
+        with fused(model):
+            held = self._held(model, calibration, length, rows, program.seed)
+            taught = self._taught(program, tokens)
         before = copied_weights(model)
         settings = Settings(
             steps=self.steps,
@@ -138,6 +142,7 @@ class Distill(Pass):
         with (
             applied(model, plan, program.tensors),
             trainable(model, self.weights, self.lora_rank, self.checkpointing, program.seed),
+            fused(model),
         ):
             outcome = distill(model, tokens, taught, held, settings, state=program.scratch, listen=listen)
         first, best = outcome.checks[0][1], min(kl for _, kl in outcome.checks)

@@ -20,9 +20,11 @@ from torch import Tensor
 from sparsec.calibrate.decode import decode_rows
 from sparsec.calibrate.decode_bytes import break_even, resident_bytes
 from sparsec.calibrate.fit_windows import FitText, fit_windows
+from sparsec.calibrate.head_gates import learn_gates
 from sparsec.calibrate.indexer_fit import Forced, closed_form, mean_kl, train
 from sparsec.calibrate.needles import needle_documents
 from sparsec.calibrate.prefill_quality import prefill_quality
+from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.retrieval_heads import needle_mass
 from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.splits import Calibration
@@ -33,17 +35,22 @@ from sparsec.passes.split import (
     Granularity,
     Heads,
     best_heads,
+    best_units,
     by_layer,
     causal_check,
     scaled_window,
     split_plan,
     splittable,
+    unit_of,
+    units_kept,
     with_every_layer,
 )
 from sparsec.plan import Coarse, Plan, Selector, Window
 from sparsec.plugins.runtime import applied
 
-LONGEST = 16384  # tokens that selectors are measured on at most
+LONGEST = 16384  # tokens that selectors are measured on, and gates trained on, at most
+LEAST_WINDOWS = 4  # of the train text, that a length is taken for gates
+DECODE_ROWS = 512  # of a window with questions, at its end
 BY_CONTEXT = ("recall_mean", "recall_p5", "far_mean", "kept_mean", "kept_p95", "oracle_recall_mean", "oracle_kept_mean")
 
 
@@ -55,7 +62,7 @@ class Rtpurbo(Pass):
     presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {
         "training-free": {"steps": 0},
         "minutes": {},
-        "hours": {"windows": 16, "steps": 600},
+        "hours": {"choose": "gates", "windows": 16, "steps": 600},
     }
     summary: ClassVar[str] = "keep retrieval heads with low-rank indexers, window the other heads"
     source: ClassVar[str] = "RTPurbo, arXiv 2605.16928"
@@ -68,6 +75,14 @@ class Rtpurbo(Pass):
     granularity: Granularity = Field(
         default="query_head",
         description="kv_head decides for whole GQA groups, so that every local KV head is freed",
+    )
+    choose: Literal["needles", "gates"] = Field(
+        default="needles",
+        description="heads by their needle mass (the paper), or by gates trained under a budget (DuoAttention's idea)",
+    )
+    gate_steps: int = Field(default=120, ge=2, description="of training gates, two windows each")
+    gate_context: int | None = Field(
+        default=None, ge=128, description="tokens a window of training gates; null: as reach, at most 16384"
     )
     per_layer: int = Field(
         default=0, ge=0, description="retrieval heads that every layer has at least, beside the best ones (ours)"
@@ -144,17 +159,19 @@ class Rtpurbo(Pass):
             words=self.needle_words,
             seed=program.seed,
         )
+        reach = max(context, min(readable, self.reach or readable))
+        if self.reach is not None and self.reach > readable:
+            listen(Event("reach", note=f"lowered to {readable} tokens, all that the model reads"))
+        sized = Window(size=window, sinks=sinks)
+        least = plan.min_context if given is not None else self.min_context
         scores = needle_mass(model, documents, plan.model, listen)
         heads, measured = self._partition(scores, plan, allowed)
         if given is not None:
             heads = self._given(plan, heads, measured)
+        elif self.choose == "gates":
+            heads = self._by_gates(program, calibration, split_plan(plan, {}, sized, least), scores, allowed, measured)
         listen(Event("detect retrieval heads", note=f"kept {sum(map(len, heads.values()))} heads"))
-        reach = max(context, min(readable, self.reach or readable))
-        if self.reach is not None and self.reach > readable:
-            listen(Event("reach", note=f"lowered to {readable} tokens, all that the model reads"))
         measured |= {"window": window, "context": context, "reach": reach, "readable": readable}
-        sized = Window(size=window, sinks=sinks)
-        least = plan.min_context if given is not None else self.min_context
         measured["causal_check"] = causal_check(program, documents[:3], heads, allowed, sized, least)
 
         split = self._split(plan, heads, sized, least)
@@ -209,8 +226,10 @@ class Rtpurbo(Pass):
         measured = (2 + 4 * (self.prefill == "selector")) * far
         kept = round(self.ratio * plan.model.layers * plan.model.heads) + self.per_layer * plan.model.layers
         resident = 2 * self.windows * kept * (2 * self.rows + 2 * context) * plan.model.head_dim * 4
+        # Two windows a step of gates: the teacher's forward, the student's, and a backward through activations alone.
+        gates = (self.choose == "gates") * self.gate_steps * 2 * 3 * min(max_positions, self.gate_context or far)
         # A training step is a few matrix products of rows x context x head_dim a head: small beside a forward.
-        return Cost(tokens=forwards + measured + self.steps * context // 32, resident=resident)
+        return Cost(tokens=forwards + measured + gates + self.steps * context // 32, resident=resident)
 
     def window_for(self, readable: int) -> int:
         """The paper's 8192 belongs to models that read 128K and more: scaled to 1/16 of what this one reads."""
@@ -231,6 +250,54 @@ class Rtpurbo(Pass):
             "possible_heads": possible,
         }
         return heads, measured
+
+    def _by_gates(
+        self,
+        program: Program,
+        calibration: Calibration,
+        local: Plan,
+        scores: Tensor,
+        allowed: Tensor,
+        measured: dict[str, Any],
+    ) -> Heads:
+        """The heads whose gates are open in the end, and how many of them needles would keep. local: keeps no head."""
+        shape = local.model
+        wanted = self.gate_context or min(LONGEST, self.reach or LONGEST, program.model.config.max_position_embeddings)
+        length = calibration.longest("train", wanted, LEAST_WINDOWS)
+        windows, asked = training_windows(
+            calibration,
+            "train",
+            length=length,
+            count=2 * self.gate_steps,
+            rows=min(DECODE_ROWS, length // 4),
+            questions=0.5,
+            seed=program.seed,
+        )
+        gates = learn_gates(
+            program.model,
+            windows,
+            asked,
+            local,
+            count=(count := units_kept(self.ratio, shape, allowed, self.granularity)),
+            unit=unit_of(shape, self.granularity),
+            rows=min(DECODE_ROWS, length // 4),
+            seed=program.seed,
+            listen=program.listen,
+        )
+        chosen = best_units(gates.scores, count, shape, allowed)
+        needles, _ = best_heads(scores, self.ratio, shape, allowed, self.granularity)
+        chosen = with_every_layer(chosen, scores, self.per_layer, shape, allowed, self.granularity)
+        last = max(1, self.gate_steps // 10)
+        measured["kept_heads"] = len(chosen)
+        measured["gates"] = {
+            "steps": self.gate_steps,
+            "context": length,
+            "scores": [[round(x, 4) if x > float("-inf") else None for x in row] for row in gates.scores.tolist()],
+            "text_kl": sum(gates.text[-last:]) / last,
+            "answers_kl": sum(gates.answers[-last:]) / last,
+            "agree_with_needles": len(set(chosen) & set(needles)),
+        }
+        return by_layer(chosen)
 
     def _given(self, plan: Plan, found: Heads, measured: dict[str, Any]) -> Heads:
         """The heads of the split that the compile started from; how many of them detection would keep is noted.

@@ -63,18 +63,28 @@ def best_heads(
     Returns:
         (layer, head) ascending, ties to the lower ones, and :func:`~sparsec.calibrate.retrieval_heads.stability`.
     """
-    possible = int(allowed.sum()) * shape.heads
-    if granularity == "query_head":
-        count = max(1, round(ratio * possible))
-        return top_heads(scores.mean(0), count, allowed), stability(scores, count, allowed)
-    count = max(1, round(ratio * possible / shape.group))
-    grouped = scores.reshape(*scores.shape[:-1], shape.kv_heads, shape.group).amax(-1)
-    chosen = [
-        (layer, kv * shape.group + place)
-        for layer, kv in top_heads(grouped.mean(0), count, allowed)
-        for place in range(shape.group)
+    count = units_kept(ratio, shape, allowed, granularity)
+    if granularity == "kv_head":
+        scores = scores.reshape(*scores.shape[:-1], shape.kv_heads, shape.group).amax(-1)
+    return best_units(scores.mean(0), count, shape, allowed), stability(scores, count, allowed)
+
+
+def unit_of(shape: ModelShape, granularity: Granularity) -> int:
+    """Query heads that are kept or made local together."""
+    return 1 if granularity == "query_head" else shape.group
+
+
+def units_kept(ratio: float, shape: ModelShape, allowed: Tensor, granularity: Granularity) -> int:
+    """How many of them are ``ratio`` of all, one at least."""
+    return max(1, round(ratio * int(allowed.sum()) * shape.heads / unit_of(shape, granularity)))
+
+
+def best_units(scores: Tensor, count: int, shape: ModelShape, allowed: Tensor) -> list[tuple[int, int]]:
+    """The heads (layer, head) of the best units, ascending. scores: [layers, heads] or [layers, KV heads]."""
+    unit = shape.heads // scores.shape[1]
+    return [
+        (layer, number * unit + place) for layer, number in top_heads(scores, count, allowed) for place in range(unit)
     ]
-    return chosen, stability(grouped, count, allowed)
 
 
 def with_every_layer(
@@ -89,7 +99,7 @@ def with_every_layer(
 
     Args and result: see :func:`best_heads`. Whole GQA groups are added where whole groups are kept.
     """
-    unit = 1 if granularity == "query_head" else shape.group
+    unit = unit_of(shape, granularity)
     share = min(1.0, -(-least // unit) * unit / shape.heads)
     kept = set(chosen)
     for layer in allowed.nonzero()[:, 0].tolist() if least else ():

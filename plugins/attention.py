@@ -8,7 +8,7 @@ several decode rows is the row-exact simulation of as many decode steps. Only qu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -153,11 +153,8 @@ def sparsec_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what was rotated in float32
     if runtime.layer.heads is None:
-        return _native(query, key, value, attention_mask, scale), None
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError("sparsec attention takes 2-D padding masks only: it makes the causal and window masks itself")
-    if kwargs.get("softcap") is not None or dropout:
-        raise ValueError("sparsec attention has no soft cap and no dropout: use the dense model")
+        return native(query, key, value, attention_mask, scale), None
+    check_call(attention_mask, dropout, kwargs)
     cache, step = runtime.cache, runtime.step or Step(decode=False)
     if cache is not None and not isinstance(cache, SparseLayer):
         return _on_kernels(runtime, step, cache, query, key, value, attention_mask, scale), None
@@ -171,6 +168,18 @@ def sparsec_attention(
     if cache is not None and step.commit:
         cache.length = pos.shape[1]
     return out.transpose(1, 2), None
+
+
+def check_call(attention_mask: Tensor | None, dropout: float, kwargs: Mapping[str, Any]) -> None:
+    """What Transformers may ask of attention and gets nowhere here.
+
+    Raises:
+        ValueError: 4-D masks, soft-capped logits, dropout.
+    """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError("sparsec attention takes 2-D padding masks only: it makes the causal and window masks itself")
+    if kwargs.get("softcap") is not None or dropout:
+        raise ValueError("sparsec attention has no soft cap and no dropout: use the dense model")
 
 
 def _on_kernels(
@@ -480,7 +489,7 @@ def _choose_blocks(
     return choose_blocks(scores, numbers[:, part], groups, q_pos, k_pos, rt.plan.selector, rt.retrieval_kv)
 
 
-def _native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """A layer that the plan leaves alone: Transformers' mask, PyTorch's attention."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

@@ -39,7 +39,7 @@ _rows: ContextVar[Rows | None] = ContextVar("sparsec_rows", default=None)
 _step: ContextVar[Step | None] = ContextVar("sparsec_step", default=None)
 
 
-def _mask(*, local_size: int | None = None, config: Any = None, **kwargs: Any) -> Tensor | None:
+def plain_mask(*, local_size: int | None = None, config: Any = None, **kwargs: Any) -> Tensor | None:
     """Transformers' mask interface: the 2-D padding mask for our layers, its own mask for native sliding layers."""
     if local_size is not None and config is not None and native_local_layers(config):
         return sdpa_mask(local_size=local_size, config=config, **kwargs)  # type: ignore[no-any-return]
@@ -50,7 +50,7 @@ def _mask(*, local_size: int | None = None, config: Any = None, **kwargs: Any) -
 
 
 AttentionInterface.register(NAME, sparsec_attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, plain_mask)
 
 
 def tensor_names(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -354,6 +354,7 @@ __all__ = [
     "install",
     "kv_bytes",
     "new_cache",
+    "plain_mask",
     "rows_as",
     "stepping",
     "tensor_names",

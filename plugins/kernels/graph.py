@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsec.plugins.attention import Step
+from sparsec.plugins.fused import fused_layers
 from sparsec.plugins.kernels.cache import KernelLayer
 from sparsec.plugins.kernels.support import uncapturable
 from sparsec.plugins.runtime import stepping
@@ -89,13 +90,14 @@ class DecodeGraph:
     def _captured(self) -> Any:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels, fills allocators; nothing is counted
-                self._step(commit=False)
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step(commit=True)
+        with fused_layers(self.model, self.cache):
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles kernels, fills allocators; nothing is counted
+                    self._step(commit=False)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                self._step(commit=True)
         for layer in self.layers:  # counted on the host while capturing, though nothing ran
             layer.length -= 1
         return graph
