@@ -5,6 +5,7 @@ python benchmarks/tables.py --check    exit with 1 if one is stale
 
 eval      eval-demo.json, what ``sparsec eval -o`` wrote: systems side by side, tasks, positions, long decode
 passes    distill-demo.json, the same of several artifacts: make table
+heads     the same beside distill-needles-demo.json, whose heads needles chose: the two choices
 indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
 patterns  sharing-demo.json, what benchmarks/sharing.py wrote: patterns of the demo model's indexers
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
@@ -12,6 +13,8 @@ cheaper   the same: HISA and MISA
 cheaper-text  dsa-text.json, what benchmarks/text_dsa.py wrote: both on natural text
 kernels   kernels.json, what benchmarks/kernels.py wrote: one layer beside the fastest dense kernel
 whole     bench-llama-8b.json, what sparsec bench --shape printed: a whole model beside the dense one
+small     bench-demo.json, what sparsec bench printed: the demo artifact beside the dense model
+rope      rope-scaling-demo.json, what benchmarks/rope_scaling.py wrote: can the dense model read beyond its length
 gate      gate-demo.json, what benchmarks/release_gate.py wrote: what verify takes, and what it catches
 engines   engines-demo.json, what benchmarks/engines.py wrote: TensorRT-RTX, built with no GPU
 onnx      onnx-demo.json, what benchmarks/onnx_speed.py wrote: ONNX Runtime, the artifact beside the dense model
@@ -40,6 +43,7 @@ sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
 from blocks import documents, main  # noqa: E402  a script's folder, not a package
 from merged_tables import large, lengths, markdown, merged, vllm  # noqa: E402
 from sharing_tables import patterns  # noqa: E402
+from speed_tables import coarse, index_keys, kernels, whole  # noqa: E402
 
 SHOWN = ("PLUGIN_V3", "KV_CACHE_UPDATE", "TOPK")  # kinds of layers that a table names
 RESULTS = ROOT / "benchmarks" / "results"
@@ -68,6 +72,53 @@ def evaluation(result: Mapping[str, Any]) -> str:
         parts += [f"**{table.title}**", ""] if table.title else []
         parts += [*markdown(table.head, table.rows, table.left), "", table.note, ""]
     return "\n".join([*parts, "; ".join(made_of(result, Path(result["text"]["spec"]).name)) + "."])
+
+
+def heads(needles: Mapping[str, Any]) -> str:
+    """Heads by needles and by gates: what the split alone costs, and what is left after training."""
+    gates = json.loads((RESULTS / "distill-demo.json").read_text(encoding="utf-8"))
+    rows = []
+    for length in dict.fromkeys(cell["length"] for cell in needles["cells"]):
+        for name, result in (("needles", needles), ("gates", gates)):
+            row = [f"{length:,}", name]
+            for system in ("split", "distilled"):
+                for measure in ("bits_per_byte", "needles"):
+                    wanted = (length, system, "dense", measure)
+                    (one,) = (
+                        each
+                        for each in result["comparisons"]
+                        if (each["length"], each["system"], each["against"], each["measure"]) == wanted
+                    )
+                    sized = [100 * one[part] for part in ("change", "low", "high")]
+                    digits, unit = (2, "%") if measure == "bits_per_byte" else (1, "")
+                    change, low, high = (f"{value:+.{digits}f}{unit}" for value in sized)
+                    row.append(f"{change} [{low}, {high}]".replace("-", "−"))
+            rows.append(row)
+    head = [
+        "tokens",
+        "heads by",
+        "split: bits per byte",
+        "split: needles",
+        "trained: bits per byte",
+        "trained: needles",
+    ]
+    command = "sparsec compile demo --calibration texts/train --device cuda --tier hours --passes rtpurbo,distill"
+    made = (
+        "Against dense, needles in points, 95 % intervals paired over windows and prompts; the README has all systems. "
+        f"{gates['device']}, {gates['dtype']}: `{command}`, by needles with `--set rtpurbo.choose=needles --set "
+        "distill.weights=lora`, and `make table`'s evaluation."
+    )
+    return "\n".join([*markdown(head, rows, 2), "", made])
+
+
+def rope(result: Mapping[str, Any]) -> str:
+    """Needles that the dense model finds beyond its trained length, by kind of scaling."""
+    rows = []
+    for row in result["rows"]:
+        rows.append([f"{row['length']:,}", row["rope"], *(f"{task['share']:.2f}" for task in row["tasks"].values())])
+    tasks = list(result["rows"][0]["tasks"])
+    made = f"{result['prompts']} prompts a task, factor {result['factor']:g}; {result['device']}, {result['dtype']}"
+    return "\n".join([*markdown(["tokens", "rope", *tasks], rows, 2), "", f"{made}: `{result['command']}`."])
 
 
 def indexers(result: Mapping[str, Any]) -> str:
@@ -135,72 +186,6 @@ def cheaper_text(result: Mapping[str, Any]) -> str:
     return "\n".join([*markdown(head, rows, 1), "", note])
 
 
-def kernels(result: Mapping[str, Any]) -> str:
-    """The result of benchmarks/kernels.py as Markdown: prompts and decode of one layer."""
-    rows = []
-    for name, one in result["prefill"].items():
-        way, length = name.rsplit(" ", 1)
-        if "failed" not in one:
-            dense, best = min((value, kind) for kind, value in one["dense_ms"].items())
-            times = [f"{one['ours_ms']:.1f} ms", f"{dense:.1f} ms ({best})", f"{one['speedup']:.1f}x"]
-            rows.append([f"{int(length):,}", f"prompt, {way}", *times, f"{one['local_over_floor']:.2f}"])
-    for name, one in result["decode"].items():
-        granularity, length, rate, *more = name.split(" ", 3)
-        if "failed" not in one:
-            dense, best = min((value, kind) for kind, value in one["dense_us"].items())
-            times = [f"{one['ours_us']:.0f} us", f"{dense:.0f} us ({best})", f"{one['speedup']:.1f}x"]
-            what = ", ".join([f"decode, {float(rate):.0%} kept by {granularity}s", *more])
-            rows.append([f"{int(length):,}", what, *times, f"{one['ours_us'] / one['floor_us']:.2f}"])
-    rows.sort(key=lambda row: int(row[0].replace(",", "")))
-    head = ["tokens", "", "the plan", "dense", "faster", "times its floor"]
-    top = result["ceilings"]
-    floor = (
-        "Floor: of prompts that of the local heads' operations at 600 TFLOP/s, by which their kernel's time is "
-        "divided; of decode that of all bytes read at 2.8 TB/s. This device copied at "
-        f"{top['bandwidth'] / 1e12:.1f} TB/s and multiplied at {top['matrix'] / 1e12:.0f} TFLOP/s."
-    )
-    made = f"{result['device']}, torch {result['versions']['torch']}: `{result['command']}`."
-    return "\n".join([*markdown(head, rows, 2), "", f"{floor} {made}"])
-
-
-def index_keys(result: Mapping[str, Any]) -> str:
-    """Index keys in fewer bits, of what benchmarks/index_keys.py found."""
-    rows = [
-        [
-            f"{row['context']:,}",
-            row["way"],
-            f"{row['bytes']:g}",
-            *(f"{row[name]:.1%}" for name in ("recall_mean", "recall_p5")),
-            f"{row['kept_mean']:.0f}",
-        ]
-        for row in result["rows"]
-        if row["context"] == max(each["context"] for each in result["rows"])
-    ]
-    head = ["context", "index keys", "bytes a token and head", "mass found", "5 % of rows below", "tokens kept"]
-    return "\n".join([*markdown(head, rows, 2), "", _on_rows(result)])
-
-
-def coarse(result: Mapping[str, Any]) -> str:
-    """A coarse level, of what benchmarks/coarse.py found."""
-    rows = [
-        [
-            f"{row['context']:,}",
-            f"one in {row['one_in']}, by {row['ranked_by']}" if row["ranked_by"] else "all",
-            *(f"{row[name]:.1%}" for name in ("recall_mean", "recall_p5")),
-            f"{row['kept_mean']:.0f}",
-        ]
-        for row in result["rows"]
-    ]
-    head = ["context", "blocks scored", "mass found", "5 % of rows below", "tokens kept"]
-    return "\n".join([*markdown(head, rows, 2), "", _on_rows(result)])
-
-
-def _on_rows(result: Mapping[str, Any]) -> str:
-    rows, torch = result["rows"][0]["rows"], result["versions"]["torch"]
-    where = f"{result['text']}; {result['device']}, torch {torch}"
-    return f"The last {rows} rows as decode rows, {where}: `{result['command']}`."
-
-
 def routing(result: Mapping[str, Any]) -> str:
     """Systems at equal removed shares, means over seeds, and wall-clock, of what benchmarks/routing.py found."""
     cells: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
@@ -246,23 +231,6 @@ def routing(result: Mapping[str, Any]) -> str:
         whole = f"{row['lff_seconds']:.0f} s for the forecasters of {row['seconds']:.0f} s for the pass"
         lines += ["", f"On {row['device']}, tier minutes: {whole} ({parts}): `{row['command']}`."]
     return "\n".join(lines)
-
-
-def whole(result: Mapping[str, Any]) -> str:
-    """Whole models of random weights, runs of ``sparsec bench --shape``."""
-    rows = []
-    for run in result["runs"]:
-        steps = {row["system"]: row["step_s"] for row in run["rows"] if "step_s" in row}
-        for row in run["rows"]:
-            ratio = f"{steps['dense'] / row['step_s']:.2f}x" if row["system"] != "dense" and "dense" in steps else ""
-            timed = [f"{row['prefill_s']:.1f} s", f"{row['step_s'] * 1e3:.2f} ms"] if "step_s" in row else ["", ""]
-            cache = f"{row['kv_bytes'] / 2**30:.1f} GiB" if "kv_bytes" in row else ""
-            rows.append([f"{row['context']:,}", str(row["batch"]), row["system"], *timed, ratio, cache, row["runs"]])
-    head = ["tokens", "batch", "system", "first token", "a token", "faster", "KV cache", "runs"]
-    first = result["runs"][0]
-    made = f"{first['device']}, {first['dtype']}, torch {first['versions']['torch']}"
-    commands = ", ".join(f"`{run['command']}`" for run in result["runs"])
-    return "\n".join([*markdown(head, rows, 3), "", f"{made}: {commands}."])
 
 
 def gate(result: Mapping[str, Any]) -> str:
@@ -365,12 +333,15 @@ def _made(result: Mapping[str, Any]) -> str:
 TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "eval": ("eval-demo", "make bench", evaluation),
     "passes": ("distill-demo", "make table", evaluation),
+    "heads": ("distill-needles-demo", "make table", heads),
+    "rope": ("rope-scaling-demo", "python benchmarks/rope_scaling.py demo --text texts/eval", rope),
     "patterns": ("sharing-demo", "python benchmarks/sharing.py out/every out/split && make docs", patterns),
     "sharing": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", sharing),
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
     "cheaper-text": ("dsa-text", "python benchmarks/text_dsa.py && make docs", cheaper_text),
     "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
     "whole": ("bench-llama-8b", "sparsec bench --shape benchmarks/shapes/llama-3.1-8b.json", whole),
+    "small": ("bench-demo", "sparsec bench out/distilled --device cuda", whole),
     "index-keys": ("index-keys-demo", "python benchmarks/index_keys.py out/blocks && make docs", index_keys),
     "coarse": ("coarse-demo", "python benchmarks/coarse.py out/blocks && make docs", coarse),
     "gate": ("gate-demo", "python benchmarks/release_gate.py out/demo && make docs", gate),
