@@ -28,6 +28,7 @@ def detection(split: Mapping[str, Any]) -> str:
                 ("rank correlation", f"{stable['spearman']:.2f} (Spearman) between two halves of the documents"),
                 ("same heads kept", f"{percent(stable['jaccard'], 0)} of those that either half would keep (Jaccard)"),
                 *_given(split),
+                *_gates(split),
             ]
         ),
         heading("Causal check: share of needle tokens copied"),
@@ -46,6 +47,20 @@ def _given(split: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     words = f"the split was given (--from) and kept; of the {count(given['detected'])} heads found here it keeps"
     return [("given", f"{words} {count(given['agree'])}")]
+
+
+def _gates(split: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of heads that training chose."""
+    gates = split.get("gates")
+    if gates is None:
+        return []
+    kept, agree = count(split["kept_heads"]), count(gates["agree_with_needles"])
+    words = (
+        f"it is not the score that chose: {count(gates['steps'])} steps trained gates between full and windowed heads, "
+        f"on {count(2 * gates['steps'])} windows of {count(gates['context'])} tokens. Of the {kept} heads whose gates "
+        f"are open, needles would keep {agree}"
+    )
+    return [("gates", words)]
 
 
 def copying(check: Mapping[str, Any], what: str, caption: str) -> list[str]:

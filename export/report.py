@@ -194,6 +194,11 @@ def _text(measurements: Mapping[str, Any]) -> str:
         if seen:
             lengths = ", ".join(count(one["context"]) for one in seen)
             used.append(["selectors", "search", f"the last quarter, at most 512 rows, of contexts of {lengths} tokens"])
+        if "gates" in split:
+            windows, gates = 2 * split["gates"]["steps"], split["gates"]
+            used.insert(
+                1, ["gates of heads", "train", f"{plural(windows, 'window')} of {count(gates['context'])} tokens"]
+            )
         if "prefill" in split:
             chosen = split["prefill"]
             used.append(["chosen prefill", "search", _windows(chosen["windows"], chosen["context"], chosen["rows"])])

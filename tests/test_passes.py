@@ -54,6 +54,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtpurbo": ("rtpurbo", {}),
     "rtpurbo whole KV heads": ("rtpurbo", {"granularity": "kv_head"}),
     "rtpurbo, a set a KV head": ("rtpurbo", {"granularity": "kv_head", "sets": "kv_head"}),
+    "rtpurbo by gates": ("rtpurbo", {"choose": "gates", "gate_steps": 3, "gate_context": 320}),
+    "rtpurbo whole KV heads by gates": (
+        "rtpurbo",
+        {"choose": "gates", "gate_steps": 3, "gate_context": 320, "granularity": "kv_head", "per_layer": 1},
+    ),
     "rtpurbo blocks after RoPE": ("rtpurbo", {"select": "block", "block": 8, "reach": 1024}),
     "rtpurbo before RoPE, on stretched positions": ("rtpurbo", {"rope": "pre", "reach": 1024}),
     "rtpurbo without training": ("rtpurbo", {"steps": 0, "target": "all"}),

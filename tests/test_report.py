@@ -294,6 +294,17 @@ def test_page_has_every_section_in_order(made: Callable[..., Inputs]) -> None:
     assert read(made(train=True)).sections == [*sections[:5], "training", *sections[5:]]
 
 
+def test_heads_that_training_chose(made: Callable[..., Inputs]) -> None:
+    inputs = made()
+    split = next(each for each in inputs.measurements["passes"] if each["name"] == "rtpurbo")["measured"]
+    assert "gates" not in render_report(*inputs)
+    split["gates"] = {"steps": 120, "context": 8192, "agree_with_needles": 4}
+    text = render_report(*inputs)
+    assert "120 steps trained gates" in text
+    assert "240 windows of 8,192 tokens" in text
+    assert "needles would keep 4" in text
+
+
 def test_sections_of_passes_that_did_not_run_are_absent(made: Callable[..., Inputs]) -> None:
     assert read(made(share=False)).sections == [
         "heads",
