@@ -21,9 +21,9 @@ from torch import Tensor
 from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.plan import Coarse
 from sparsec.plugins import attention, coarse
-from sparsec.plugins.attention import Step
 from sparsec.plugins.index_keys import loaded
 from sparsec.plugins.runtime import added_tensors, install, new_cache, rows_as, stepping
+from sparsec.plugins.step import Step
 
 
 def bounds(means: Any, index: Tensor, pos: Tensor, rows: int, block: int, dtype: torch.dtype) -> Tensor:

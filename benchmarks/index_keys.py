@@ -20,10 +20,10 @@ from torch import Tensor
 
 from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.plan import Plan
-from sparsec.plugins.attention import Step
 from sparsec.plugins.index_keys import loaded, stored
 from sparsec.plugins.runtime import new_cache, rows_as, stepping
 from sparsec.plugins.selector import Indexer
+from sparsec.plugins.step import Step
 
 Way = Callable[[Tensor], Tensor]  # [batch, heads, tokens, rank] -> what is read of it
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sparsec.plan import Plan
 from sparsec.plugins import selector as selecting
-from sparsec.plugins.attention import LayerRuntime, Step, layer_runtime
 from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of, kept_keys
 from sparsec.plugins.coarse import candidates
 from sparsec.plugins.index_keys import loaded, stored
@@ -21,6 +20,7 @@ from sparsec.plugins.kernels import attention as kernels
 from sparsec.plugins.kernels.cache import KernelLayer
 from sparsec.plugins.kernels.coarse import means_of_prompt
 from sparsec.plugins.selector import Indexer
+from sparsec.plugins.step import LayerRuntime, Step, layer_runtime
 
 HEADS, KV, DIM, RANK, BLOCK, WINDOW, SINKS = 32, 8, 128, 16, 64, 8192, 4
 RETRIEVAL = (0, 5, 10, 15, 20)  # on KV heads 0 to 5 without 4: five of eight keep every token

@@ -48,12 +48,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsec.compiler.versions import versions
 from sparsec.plan import Plan
-from sparsec.plugins.attention import Step, layer_runtime
 from sparsec.plugins.index_keys import index_bytes, index_read
 from sparsec.plugins.kernels import attention as kernels
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
 from sparsec.plugins.kernels.window import window_prefill
 from sparsec.plugins.selector import Indexer
+from sparsec.plugins.step import Step, layer_runtime
 
 OPERATIONS, BANDWIDTH = 600e12, 2.8e12  # a second: what dense kernels reach on an H100, and what floors count with
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}

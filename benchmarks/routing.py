@@ -42,10 +42,10 @@ from sparsec.events import Event  # noqa: E402
 from sparsec.passes.base import Program  # noqa: E402
 from sparsec.passes.informed_routing import InformedRouting  # noqa: E402
 from sparsec.plan import UNITS, Plan  # noqa: E402
-from sparsec.plugins.attention import Step  # noqa: E402
 from sparsec.plugins.device import device_name  # noqa: E402
 from sparsec.plugins.families import base_plan, unit_modules  # noqa: E402
 from sparsec.plugins.runtime import added_tensors, applied, stepping, tensor_names, use_kernels  # noqa: E402
+from sparsec.plugins.step import Step  # noqa: E402
 
 RESULT = Path(__file__).resolve().parent / "results" / "routing-demo.json"
 PROMPT, STEPS = 512, 32  # tokens before the decode steps that are timed, and these

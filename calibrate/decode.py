@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from sparsec.events import Event, Listener, silent
-from sparsec.plugins.attention import Selection, Step
 from sparsec.plugins.runtime import kv_bytes, new_cache, rows_as, stepping
+from sparsec.plugins.step import Selection, Step
 from sparsec.plugins.vocabulary import read, reads_merged
 
 LOGITS = 2**28  # numbers that the logits of a batch of windows may be

@@ -32,8 +32,8 @@ from sparsec.calibrate import ranks
 from sparsec.calibrate.teacher import ROWS, Head, TopK
 from sparsec.errors import TrainingError
 from sparsec.events import Event, Listener
-from sparsec.plugins.attention import Step
 from sparsec.plugins.runtime import stepping
+from sparsec.plugins.step import Step
 
 SAVE_SECONDS = 60.0
 FLOOR = 1e-6  # least mass of the rest: below it float32 has nothing left to say

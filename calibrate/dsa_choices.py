@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sparsec.events import Listener, tracked
 from sparsec.plan import Plan
-from sparsec.plugins.attention import Selection, Step
 from sparsec.plugins.runtime import applied, stepping
+from sparsec.plugins.step import Selection, Step
 
 MEASURES = ("iou", "recovered", "mass", "mass_flat")
 

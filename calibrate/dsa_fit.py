@@ -22,11 +22,11 @@ from torch import Tensor
 from sparsec.calibrate.shared_fit import readers
 from sparsec.events import Event, Listener, tracked
 from sparsec.plan import Plan
-from sparsec.plugins.attention import Selection, Step
 from sparsec.plugins.dsa import PARTS, index_keys, index_queries
 from sparsec.plugins.dsa_choice import flat
 from sparsec.plugins.families import attention_modules, family_of
 from sparsec.plugins.runtime import applied, stepping
+from sparsec.plugins.step import Selection, Step
 
 STAGE = "train shared indexers"
 BATCH = 64  # rows a step

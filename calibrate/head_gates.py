@@ -26,10 +26,11 @@ from sparsec.calibrate.trainable import recomputing
 from sparsec.errors import TrainingError
 from sparsec.events import Event, Listener
 from sparsec.plan import Plan
-from sparsec.plugins.attention import check_call, native, token_numbers
+from sparsec.plugins.attention import check_call, native
 from sparsec.plugins.families import attention_modules
 from sparsec.plugins.masked import dense, windowed
 from sparsec.plugins.runtime import plain_mask
+from sparsec.plugins.step import token_numbers
 
 NAME = "sparsec_gates"
 RATE = 0.05  # AdamW's, on gates before their sigmoid
@@ -136,7 +137,7 @@ def learn_gates(
                     raise TrainingError("choosing heads gave a loss that is not finite: use rtpurbo.choose=needles")
                 optimizer.zero_grad(set_to_none=True)
                 assert leaf.grad is not None
-                values.backward(leaf.grad[split])
+                values.backward(leaf.grad[split])  # type: ignore[no-untyped-call]
                 optimizer.step()
                 listen(Event("choose heads", step + 1, steps))
     except torch.OutOfMemoryError:
@@ -173,7 +174,7 @@ def _backward(model: Any, window: Tensor, rows: Tensor, mixing: _Mixing) -> floa
             total = total + checkpoint(_kl, head, hidden[part], true[part], use_reentrant=False)
         loss = total / len(rows)
     if bool(torch.isfinite(loss)):
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
 

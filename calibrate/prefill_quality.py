@@ -18,8 +18,8 @@ from torch import Tensor
 from sparsec.calibrate.decode import nll
 from sparsec.events import Listener, silent, tracked
 from sparsec.plan import Plan
-from sparsec.plugins.attention import Selection, Step
 from sparsec.plugins.runtime import applied, stepping
+from sparsec.plugins.step import Selection, Step
 
 
 @dataclass

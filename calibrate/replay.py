@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from sparsec.calibrate.decode import nll
-from sparsec.plugins.attention import Step
 from sparsec.plugins.families import attention_modules, decoder_layers, final_norm, lm_head
 from sparsec.plugins.runtime import new_cache, rows_as, stepping
+from sparsec.plugins.step import Step
 
 
 @dataclass(frozen=True)

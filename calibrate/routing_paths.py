@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sparsec.calibrate.unit_flops import Key, UnitCosts
 from sparsec.plan import UNITS, Plan
-from sparsec.plugins.attention import Step
 from sparsec.plugins.runtime import applied, stepping
+from sparsec.plugins.step import Step
 
 
 @torch.no_grad()

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from sparsec.calibrate.decode_bytes import Read, read_bytes, selecting_kv_heads
 from sparsec.plan import Plan, Selector
-from sparsec.plugins.attention import Selection
 from sparsec.plugins.selector import select
+from sparsec.plugins.step import Selection
 
 SAMPLED = 128  # rows a tile on which the other granularity and the oracle are chosen: a choice sorts all keys
 EACH = ("recall", "kept", "sinkless", "far", "far_mass")

@@ -29,9 +29,9 @@ from sparsec.calibrate.decode import decode_logits
 from sparsec.errors import ArtifactError
 from sparsec.export.parity import Runner
 from sparsec.plan import Plan
-from sparsec.plugins.attention import Selection
 from sparsec.plugins.families import decoder_layers, family_of
 from sparsec.plugins.runtime import new_cache, rows_as
+from sparsec.plugins.step import Selection
 from sparsec.plugins.vocabulary import read
 
 FORMAT = 2  # greedy tokens follow the decode rows; in 1 they followed the prompt

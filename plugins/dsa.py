@@ -19,10 +19,10 @@ from transformers.masking_utils import sdpa_mask
 
 from sparsec.errors import PlanError
 from sparsec.plan import Plan
-from sparsec.plugins.attention import Selection, Step
 from sparsec.plugins.dsa_choice import choose
 from sparsec.plugins.families import attention_modules, family_of
 from sparsec.plugins.masked import ROWS
+from sparsec.plugins.step import Selection, Step
 
 NAME = "sparsec_dsa"
 Rope = tuple[Tensor, Tensor]

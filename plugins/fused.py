@@ -39,9 +39,9 @@ def fused_layers(model: Any, cache: Any = None, *, backend: str = "inductor") ->
     attention = ALL_ATTENTION_FUNCTIONS.get(name)
     layers = list(model.get_decoder().layers)
     if attention is not None:
-        AttentionInterface.register(name, torch.compiler.disable(attention))
+        AttentionInterface.register(name, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
     if cache is not None:
-        cache.update = torch.compiler.disable(cache.update)
+        cache.update = torch.compiler.disable(cache.update)  # type: ignore[no-untyped-call]
     try:
         # A layer's number must not make it another function; a failure must not end what ran before.
         with torch._dynamo.config.patch(

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from sparsec.errors import PlanError
 from sparsec.plan import Plan, Routing, Unit
-from sparsec.plugins.attention import Step, sparsec_attention, token_numbers
+from sparsec.plugins.attention import sparsec_attention
 from sparsec.plugins.families import family_of, unit_modules
 from sparsec.plugins.routed_paths import Paths
 from sparsec.plugins.routed_units import Forecaster, Router, parts_of, prefix
 from sparsec.plugins.selector import rotate
+from sparsec.plugins.step import Step, token_numbers
 
 
 @dataclass

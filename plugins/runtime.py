@@ -1,7 +1,7 @@
 """Puts a plan on a Transformers model and takes it off again.
 
 :func:`install` sets ``attn_implementation="sparsec"``, gives every attention module its
-:class:`~sparsec.plugins.attention.LayerRuntime` and indexer, and fills each empty cache that reaches the model with
+:class:`~sparsec.plugins.step.LayerRuntime` and indexer, and fills each empty cache that reaches the model with
 :class:`~sparsec.plugins.cache.SparseLayer`. Weights are not touched.
 
 A call with one new token on a filled cache is a decode row, any other call is prefill; ``generate()`` marks its own
@@ -24,13 +24,14 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from sparsec.errors import PlanError
 from sparsec.plan import Plan
 from sparsec.plugins import dsa, merged_writing, vocabulary
-from sparsec.plugins.attention import Step, layer_runtime, sparsec_attention
+from sparsec.plugins.attention import sparsec_attention
 from sparsec.plugins.cache import PlanLayer, SparseLayer
 from sparsec.plugins.families import attention_modules, native_local_layers, shape_of
 from sparsec.plugins.kernels.support import Kernels, chosen, routes
 from sparsec.plugins.routed_units import routing_names
 from sparsec.plugins.routing import check_routing, install_routing, note_tokens, routing_tensors, uninstall_routing
 from sparsec.plugins.selector import Indexer
+from sparsec.plugins.step import Step, layer_runtime
 
 NAME = "sparsec"
 Rows = Literal["prefill", "decode"]

@@ -33,9 +33,9 @@ from sparsec.events import silent
 from sparsec.passes.base import Program
 from sparsec.passes.rtpurbo import Rtpurbo
 from sparsec.plan import Plan
-from sparsec.plugins.attention import Step
 from sparsec.plugins.families import shape_of
 from sparsec.plugins.runtime import applied, new_cache, rows_as, stepping
+from sparsec.plugins.step import Step
 
 ROWS = 64
 

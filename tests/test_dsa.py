@@ -26,11 +26,11 @@ from sparsec.export.dsa import settings, uniform
 from sparsec.layout import TENSORS, read_plan
 from sparsec.passes.indexcache import IndexCache
 from sparsec.plan import Dsa, Plan
-from sparsec.plugins.attention import Step
 from sparsec.plugins.dsa_choice import choose, flat
 from sparsec.plugins.families import base_plan, family_of
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import applied, stepping
+from sparsec.plugins.step import Step
 
 FAMILIES = ("deepseek_v32", "glm_moe_dsa")
 TOKENS = 60

@@ -10,9 +10,9 @@ from contract_plans import PLANS, make_tensors, sharp_model
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsec.plugins.attention import Step
 from sparsec.plugins.fused import fused_layers
 from sparsec.plugins.runtime import applied, new_cache, stepping
+from sparsec.plugins.step import Step
 
 # Dynamo asks every tensor for its gradient, and PyTorch warns of that itself.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")

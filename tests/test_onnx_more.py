@@ -20,9 +20,9 @@ from sparsec.export.onnx.functions import DOMAIN
 from sparsec.export.onnx.routing import MASKED
 from sparsec.export.parity import compare
 from sparsec.export.verdicts import PASS
-from sparsec.plugins.attention import Step
 from sparsec.plugins.onnx_runner import MANIFEST, OnnxModel
 from sparsec.plugins.runtime import new_cache, stepping
+from sparsec.plugins.step import Step
 
 EDGES = [5, 6, 7, 8, 9, 10, 11, 12]  # of window, ring, blocks, least kept and min_context
 

@@ -23,11 +23,11 @@ from sparsec.export.repeated import chosen_prefill
 from sparsec.export.words import percent, runs
 from sparsec.passes.base import Program
 from sparsec.plan import Plan, Selector
-from sparsec.plugins.attention import Selection, Step
 from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of, kept_keys
 from sparsec.plugins.families import shape_of
 from sparsec.plugins.runtime import applied, install, new_cache, rows_as, stepping, tensor_names, uninstall
 from sparsec.plugins.selector import causal
+from sparsec.plugins.step import Selection, Step
 
 HEADS = (1, 0, 0, 1)
 

@@ -23,12 +23,12 @@ from sparsec.errors import CalibrationError, PlanError, UsageError
 from sparsec.events import silent
 from sparsec.passes.base import Program
 from sparsec.plan import Plan, Window
-from sparsec.plugins.attention import Step
 from sparsec.plugins.cache import LocalStore
 from sparsec.plugins.compensation import compensated
 from sparsec.plugins.families import shape_of
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import applied, kv_bytes, new_cache, rows_as, stepping
+from sparsec.plugins.step import Step
 
 # Scores ----------------------------------------------------------------------------------------------------------
 

@@ -27,10 +27,10 @@ from sparsec.layout import MANIFEST, TENSORS
 from sparsec.passes.base import Program
 from sparsec.passes.distill import Distill
 from sparsec.passes.informed_routing import InformedRouting
-from sparsec.plugins.attention import Step
 from sparsec.plugins.families import base_plan
 from sparsec.plugins.load import load
 from sparsec.plugins.runtime import added_tensors, applied, new_cache, rows_as, stepping
+from sparsec.plugins.step import Step
 
 ROWS, LENGTH = 32, 128
 ROUTING: dict[str, Any] = {

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, Phi3Config, Qwe
 from sparsec.errors import PlanError, SourceError, UsageError
 from sparsec.plan import Plan
 from sparsec.plugins import runtime as runtime_of_plans
-from sparsec.plugins.attention import Step
 from sparsec.plugins.families import base_plan, unit_modules
 from sparsec.plugins.kernels.support import interpreted
 from sparsec.plugins.routed_units import is_added
 from sparsec.plugins.routing import UnitRuntime, install_routing
 from sparsec.plugins.runtime import added_tensors, applied, new_cache, rows_as, stepping, tensor_names, use_kernels
+from sparsec.plugins.step import Step
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -16,11 +16,11 @@ from sparsec.calibrate.decode_bytes import Read, break_even, read_bytes, residen
 from sparsec.calibrate.selector_stats import SAMPLED, SelectorStats
 from sparsec.compiler.explain import artifact_data, artifact_text
 from sparsec.plan import ModelShape, Plan, Selector
-from sparsec.plugins.attention import Selection
 from sparsec.plugins.cache import SparseLayer
 from sparsec.plugins.families import shape_of
 from sparsec.plugins.runtime import applied, kv_bytes, new_cache, tensor_names
 from sparsec.plugins.selector import causal, select
+from sparsec.plugins.step import Selection
 
 SELECTOR: dict[str, Any] = {
     "rank": 4, "rope": "pre", "top_p": 0.9, "granularity": "token", "block": 8, "sinks": 2, "recent": 4,

@@ -18,8 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from sparsec.export.onnx.functions import DOMAIN, VERSION
 from sparsec.plan import Plan, Window
 from sparsec.plugins.ahead import NAMESPACE
-from sparsec.plugins.attention import LayerRuntime, as_selector_sees
+from sparsec.plugins.attention import as_selector_sees
 from sparsec.plugins.families import native_local_layers
+from sparsec.plugins.step import LayerRuntime
 
 NAME = "sparsec_onnx"
 ENDLESS = 1 << 30  # a window that never ends

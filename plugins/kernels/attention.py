@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsec.plan import Window
-from sparsec.plugins.attention import LayerRuntime, Step, as_selector_sees
+from sparsec.plugins.attention import as_selector_sees
 from sparsec.plugins.index_keys import stored
 from sparsec.plugins.kernels import append, blocks, choose, decode, edge, lists
 from sparsec.plugins.kernels import coarse as levels
 from sparsec.plugins.kernels.cache import KernelLayer, Tables
 from sparsec.plugins.kernels.window import window_prefill
+from sparsec.plugins.step import LayerRuntime, Step
 
 SHARE = 512  # keys of a window a program, until MOST programs divide it
 MOST = 64

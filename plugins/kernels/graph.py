@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsec.plugins.attention import Step
 from sparsec.plugins.fused import fused_layers
 from sparsec.plugins.kernels.cache import KernelLayer
 from sparsec.plugins.kernels.support import uncapturable
 from sparsec.plugins.runtime import stepping
+from sparsec.plugins.step import Step
 
 
 class DecodeGraph:
