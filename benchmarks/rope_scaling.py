@@ -37,11 +37,12 @@ def scaled(source: Source, kind: str, factor: float) -> Iterator[Source]:
             (Path(folder) / file.name).symlink_to(file)
         config = json.loads((source.path / "config.json").read_text())
         trained = config["max_position_embeddings"]
+        rope = config.setdefault("rope_parameters", {"rope_theta": config.get("rope_theta", 10000.0)})
         if kind != "default":
-            config["rope_parameters"] |= {
-                "rope_type": kind, "factor": factor, "original_max_position_embeddings": trained
-            }  # fmt: skip
-        config["max_position_embeddings"] = int(trained * factor)
+            rope |= {"rope_type": kind, "factor": factor}
+        if kind != "dynamic":  # which reads the trained length here, and goes beyond it by itself
+            rope |= {"original_max_position_embeddings": trained} if kind != "default" else {}
+            config["max_position_embeddings"] = int(trained * factor)
         (Path(folder) / "config.json").unlink()
         (Path(folder) / "config.json").write_text(json.dumps(config))
         yield replace(source, path=Path(folder))

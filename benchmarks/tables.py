@@ -35,7 +35,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsec.export.evaluation import made_of, tables
+from sparsec.calibrate.comparisons import BITS, TOGETHER
+from sparsec.export.evaluation import against, made_of, points, shares, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
@@ -82,17 +83,9 @@ def heads(needles: Mapping[str, Any]) -> str:
         for name, result in (("needles", needles), ("gates", gates)):
             row = [f"{length:,}", name]
             for system in ("split", "distilled"):
-                for measure in ("bits_per_byte", "needles"):
-                    wanted = (length, system, "dense", measure)
-                    (one,) = (
-                        each
-                        for each in result["comparisons"]
-                        if (each["length"], each["system"], each["against"], each["measure"]) == wanted
-                    )
-                    sized = [100 * one[part] for part in ("change", "low", "high")]
-                    digits, unit = (2, "%") if measure == "bits_per_byte" else (1, "")
-                    change, low, high = (f"{value:+.{digits}f}{unit}" for value in sized)
-                    row.append(f"{change} [{low}, {high}]".replace("-", "−"))
+                cell = next(each for each in result["cells"] if (each["length"], each["system"]) == (length, system))
+                for measure, written in ((BITS, shares), (TOGETHER, points)):
+                    row.append(written(against(result, cell, measure, "dense") or {}))
             rows.append(row)
     head = [
         "tokens",
@@ -339,7 +332,11 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "sharing": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", sharing),
     "cheaper": ("dsa-tiny", "python benchmarks/dsa.py OUT && make docs", cheaper),
     "cheaper-text": ("dsa-text", "python benchmarks/text_dsa.py && make docs", cheaper_text),
-    "kernels": ("kernels", "python benchmarks/kernels.py -o benchmarks/results/kernels.json && make docs", kernels),
+    "kernels": (
+        "kernels",
+        "python benchmarks/kernels.py --rates 0.04,0.1,0.15 -o benchmarks/results/kernels.json && make docs",
+        kernels,
+    ),
     "whole": ("bench-llama-8b", "sparsec bench --shape benchmarks/shapes/llama-3.1-8b.json", whole),
     "small": ("bench-demo", "sparsec bench out/distilled --device cuda", whole),
     "index-keys": ("index-keys-demo", "python benchmarks/index_keys.py out/blocks && make docs", index_keys),

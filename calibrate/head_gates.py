@@ -66,20 +66,20 @@ def gated_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface for whole windows without padding; shapes as in ``sparsec_attention``."""
-    check_call(attention_mask, dropout, kwargs)
     mixing: _Mixing = module.sparsec_mixing
     layer = int(module.layer_idx)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what was rotated in float32
     if mixing.plan.layers[layer].heads is None:
         return native(query, key, value, attention_mask, scale), None
+    check_call(attention_mask, dropout, kwargs)
     pos = token_numbers(None, key.shape[0], key.shape[2], query.device)
     full = dense(query, key, value, pos, pos, scale)
     if mixing.values is None:
         return full.transpose(1, 2), None
     heads = torch.arange(query.shape[1], device=query.device) // (query.shape[1] // key.shape[1])
     near = windowed(query, key, value, heads, pos, pos, mixing.plan, scale)
-    gate = mixing.values[layer].to(full.dtype)
+    gate = mixing.values[layer].to(full)
     gate = gate.repeat_interleave(query.shape[1] // len(gate))[None, :, None, None]
     return (near + gate * (full - near)).transpose(1, 2), None
 
@@ -181,8 +181,8 @@ def _backward(model: Any, window: Tensor, rows: Tensor, mixing: _Mixing) -> floa
 def _hidden(model: Any, window: Tensor, rows: Tensor, mixing: _Mixing) -> Tensor:
     for module in attention_modules(model):  # and not for the call alone: a backward pass may run it again
         object.__setattr__(module, "sparsec_mixing", mixing)
-    found: Tensor = model.get_decoder()(input_ids=window, use_cache=False).last_hidden_state[0, rows]
-    return found
+    found: Tensor = model.get_decoder()(input_ids=window, use_cache=False).last_hidden_state[0]
+    return found[rows.to(found.device)]
 
 
 def _kl(head: Head, hidden: Tensor, true: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def training_windows(
         int64 tokens [count, length], and bool [count]: which have questions.
 
     Raises:
-        CalibrationError: the split has no document of that length, or too few ordinary words.
+        CalibrationError: the split has no document of that length, or too few ordinary words; or a window has no
+            room for a question.
     """
     if length < FIRST + 2 * rows:
         raise CalibrationError(
@@ -97,6 +98,11 @@ def _with_questions(
     if len(end) >= rows:  # rare: long words; ask fewer
         end = _encode(tokenizer, [asked[0] + "\n"])[0]
     body = length - len(end) - sum(map(len, hidden))
+    if len(end) >= rows or body <= FIRST + 1:
+        raise CalibrationError(
+            f"windows of {length} tokens with {rows} decode rows cannot hold a fact and a question about it: "
+            "use a longer context or more rows"
+        )
     last = max(FIRST + 1, body - (rows - len(end)))  # facts lie before the decode rows
     places = sorted(rng.randint(FIRST, last) for _ in hidden)
     parts, done = [], 0

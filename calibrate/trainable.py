@@ -21,6 +21,8 @@ LARGE = 10**9  # weights above which activations are recomputed rather than held
 def trainable(model: Any, kind: Kind, rank: int, checkpointing: bool | None, seed: int = 0) -> Iterator[None]:
     """Inside the block the chosen weights require a gradient; afterwards the model is plain again, additions merged.
 
+    Where all train they are float32 inside the block, in their own dtype again behind it. Additions are float32.
+
     Selectors never train: a selector that moves with the weights would have nothing fixed to be judged by.
 
     Args:
@@ -32,12 +34,16 @@ def trainable(model: Any, kind: Kind, rank: int, checkpointing: bool | None, see
     Raises:
         TrainingError: peft is not installed.
     """
-    wrapped = None
+    wrapped, held = None, {}
     if kind == "lora":
         wrapped = _with_lora(model, rank, seed)
     else:
+        # Steps of a usual rate are less than a bfloat16 weight's last digit: they would be lost one by one.
+        held = {name: w.dtype for name, w in model.named_parameters() if w.is_floating_point()}
         for name, weight in model.named_parameters():
-            weight.requires_grad_(not is_added(name) and weight.is_floating_point())
+            if name in held:
+                weight.data = weight.data.float()
+            weight.requires_grad_(not is_added(name) and name in held)
     try:
         with recomputing(model, checkpointing):
             yield
@@ -46,13 +52,20 @@ def trainable(model: Any, kind: Kind, rank: int, checkpointing: bool | None, see
             wrapped.merge_and_unload()
             model.__dict__.pop("peft_config", None)
         model.requires_grad_(False).eval()
+        for name, weight in model.named_parameters():
+            if name in held:
+                weight.data = weight.data.to(held[name])
+
+
+def recomputes(model: Any, wanted: bool | None) -> bool:
+    """Would :func:`recomputing` do anything?"""
+    return bool(sum(w.numel() for w in model.parameters()) > LARGE if wanted is None else wanted)
 
 
 @contextmanager
 def recomputing(model: Any, wanted: bool | None = None) -> Iterator[None]:
     """Inside the block activations are recomputed in the backward pass; None: with over a billion weights."""
-    if wanted is None:
-        wanted = sum(w.numel() for w in model.parameters()) > LARGE
+    wanted = recomputes(model, wanted)
     if wanted:
         _checkpoint(model)
     try:

@@ -60,7 +60,7 @@ def expect(
         cost = each.cost(plan, config.max_position_embeddings)
         # Two operations a weight and token; attention and everything else roughly double it on long windows.
         seconds = cost.tokens * 2 * numbers * 2 / speed
-        stages.append(Expected(each.name, each.tier_of_run(), seconds, cost.resident))
+        stages.append(Expected(each.name, each.tier_of_run(), seconds, cost.resident + cost.copies * numbers * 4))
     # Two windows of four local windows each, dense and as compiled, and the files' hashes.
     judged = 2 * min(config.max_position_embeddings // 4, 32768)
     stages.append(Expected("gate", "training-free", judged * 2 * numbers * 2 / speed + stored / 2e8, 0))

@@ -103,7 +103,7 @@ def _split(plan: Plan, split: Mapping[str, Any], config: Mapping[str, Any], gate
             f"{percent(check['kept_heads_local'])} without them, at {percent(check['random_heads_local'])} without as "
             "many random others."
         )
-    if jaccard < LEAST_JACCARD:
+    if jaccard < LEAST_JACCARD and not {"gates", "given"} & set(split):  # there needles did not choose
         found.append(
             f"Two halves of the needle documents agree on only {percent(jaccard, 0)} of the heads that either would "
             "keep: more documents or needles would make the choice firmer."

@@ -120,7 +120,7 @@ def long_decode(result: Result) -> Table:
                 [
                     count(cell["length"]),
                     named(cell["system"]),
-                    percent(found["agreement"]) + _points(_against(result, cell, AGREEMENT, _rounded_name(result))),
+                    percent(found["agreement"]) + _points(against(result, cell, AGREEMENT, _rounded_name(result))),
                     count(found["prefix"]),
                     percent(found["followed"]),
                     percent(found["repeated"]),
@@ -168,10 +168,21 @@ def named(system: str) -> str:
 def _bits(result: Result, cell: Mapping[str, Any]) -> str:
     if BITS not in cell:
         return NONE
-    row = _against(result, cell, BITS, "dense")
+    row = against(result, cell, BITS, "dense")
     if row is None:
         return f"{cell[BITS]:.4f}"
-    return f"{cell[BITS]:.4f} ({change(row['change'])} [{change(row['low'])}, {change(row['high'])}])"
+    return f"{cell[BITS]:.4f} ({shares(row)})"
+
+
+def shares(row: Mapping[str, Any]) -> str:
+    """A comparison of shares: ``+0.09% [−0.09%, +0.28%]``."""
+    return f"{change(row['change'])} [{change(row['low'])}, {change(row['high'])}]"
+
+
+def points(row: Mapping[str, Any]) -> str:
+    """A comparison in points: ``−2.0 [−5.0, +1.0]``."""
+    value, low, high = (f"{100 * row[key]:+.1f}".replace("-", MINUS) for key in ("change", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _task(result: Result, cell: Mapping[str, Any], task: str) -> str:
@@ -179,15 +190,12 @@ def _task(result: Result, cell: Mapping[str, Any], task: str) -> str:
     share = cell.get(TOGETHER) if task == TOGETHER else found.get(task, {}).get("share")
     if share is None:
         return NONE
-    return f"{share:.2f}{_points(_against(result, cell, task, 'dense'))}"
+    return f"{share:.2f}{_points(against(result, cell, task, 'dense'))}"
 
 
 def _points(row: Mapping[str, Any] | None) -> str:
     """`` (−2.0 [−5.0, +1.0])``; nothing where there is nothing to compare with."""
-    if row is None:
-        return ""
-    value, low, high = (f"{100 * row[key]:+.1f}".replace("-", MINUS) for key in ("change", "low", "high"))
-    return f" ({value} [{low}, {high}])"
+    return "" if row is None else f" ({points(row)})"
 
 
 def _placed(cell: Mapping[str, Any], mine: Sequence[Any], theirs: Sequence[Any], at: int) -> str:
@@ -207,7 +215,7 @@ def _memory(cell: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
     return f"{size(cell['kv_bytes'])} ({change(cell['kv_bytes'] / dense['kv_bytes'] - 1, 0)})"
 
 
-def _against(result: Result, cell: Mapping[str, Any], measure: str, other: str | None) -> Mapping[str, Any] | None:
+def against(result: Result, cell: Mapping[str, Any], measure: str, other: str | None) -> Mapping[str, Any] | None:
     """The comparison of a cell with a system, where there is one."""
     wanted = (cell["length"], cell["system"], other, measure)
     keys = ("length", "system", "against", "measure")

@@ -19,8 +19,8 @@ def detection(split: Mapping[str, Any]) -> str:
         "How the heads were found",
         paragraph(
             "A needle is a run of random words that stands in a text twice, further apart than the window. A head's "
-            "score is the share of its attention that goes from the later copy to the earlier one; the best heads are "
-            "kept."
+            "score is the share of its attention that goes from the later copy to the earlier one"
+            + ("." if "gates" in split or "given" in split else "; the best heads are kept.")
         ),
         facts(
             [
@@ -54,7 +54,7 @@ def _gates(split: Mapping[str, Any]) -> list[tuple[str, str]]:
     gates = split.get("gates")
     if gates is None:
         return []
-    kept, agree = count(split["kept_heads"]), count(gates["agree_with_needles"])
+    kept, agree = count(gates["open"]), count(gates["agree_with_needles"])
     words = (
         f"it is not the score that chose: {count(gates['steps'])} steps trained gates between full and windowed heads, "
         f"on {count(2 * gates['steps'])} windows of {count(gates['context'])} tokens. Of the {kept} heads whose gates "

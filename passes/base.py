@@ -53,6 +53,7 @@ class Cost:
 
     tokens: int  # token-forwards through the whole model
     resident: int = 0  # bytes held beside the weights
+    copies: int = 0  # of all weights, in float32, held beside them
 
 
 class Pass(Strict):

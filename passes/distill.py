@@ -19,7 +19,7 @@ from sparsec.calibrate.distillation import Settings, distill, hold_out, precisio
 from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.teacher import TopK, identity, read_top_k, save_top_k, top_k
-from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, trainable
+from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, recomputes, trainable
 from sparsec.errors import PlanError
 from sparsec.events import Event
 from sparsec.passes.base import Cost, Needs, Pass, PassResult, Program, Tier
@@ -123,8 +123,8 @@ class Distill(Pass):
             questions=self.questions,
             seed=program.seed,
         )
-        fused = fused_layers if model.device.type == "cuda" else nullcontext
-        with fused(model):
+        on_gpu = model.device.type == "cuda"
+        with fused_layers(model) if on_gpu else nullcontext():
             held = self._held(model, calibration, length, rows, program.seed)
             taught = self._taught(program, tokens)
         before = copied_weights(model)
@@ -142,7 +142,8 @@ class Distill(Pass):
         with (
             applied(model, plan, program.tensors),
             trainable(model, self.weights, self.lora_rank, self.checkpointing, program.seed),
-            fused(model),
+            # A layer that is run again in the backward pass cannot be compiled with what its hooks write.
+            fused_layers(model) if on_gpu and not recomputes(model, self.checkpointing) else nullcontext(),
         ):
             outcome = distill(model, tokens, taught, held, settings, state=program.scratch, listen=listen)
         first, best = outcome.checks[0][1], min(kl for _, kl in outcome.checks)
@@ -173,7 +174,8 @@ class Distill(Pass):
         """A step is a forward and a backward, worth three forwards; the teacher reads every window once."""
         length = self.wanted_context(max_positions)
         forwards = 3 * self.steps * self.batch + self._windows + 2 * self.held_windows * (self.checks + 2)
-        return Cost(tokens=forwards * length, resident=self._windows * length * self.top_k * 6)
+        copies = 4 * (self.weights == "all")  # gradients, two moments, the best weights so far
+        return Cost(tokens=forwards * length, resident=self._windows * length * self.top_k * 6, copies=copies)
 
     def wanted_context(self, readable: int) -> int:
         """Far selection and far heads only learn in windows as long as those that they will run in."""

@@ -28,7 +28,7 @@ from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.retrieval_heads import needle_mass
 from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.splits import Calibration
-from sparsec.errors import PlanError
+from sparsec.errors import CalibrationError, PlanError
 from sparsec.events import Event, tracked
 from sparsec.passes.base import Cost, Need, Pass, PassResult, Program, Tier, is_start
 from sparsec.passes.split import (
@@ -168,6 +168,8 @@ class Rtpurbo(Pass):
         heads, measured = self._partition(scores, plan, allowed)
         if given is not None:
             heads = self._given(plan, heads, measured)
+            if self.choose == "gates":
+                listen(Event("choose heads", note="the split that the compile starts from stays: no gates are trained"))
         elif self.choose == "gates":
             heads = self._by_gates(program, calibration, split_plan(plan, {}, sized, least), scores, allowed, measured)
         listen(Event("detect retrieval heads", note=f"kept {sum(map(len, heads.values()))} heads"))
@@ -218,6 +220,10 @@ class Rtpurbo(Pass):
             measured["prefill"] = self._prefill(program, calibration, split, tensors, min(reach, LONGEST))
         return PassResult(split, tensors, measured)
 
+    def tier_of_run(self) -> Tier:
+        """Gates take minutes on a GPU alone."""
+        return "hours" if self.choose == "gates" else self.tier
+
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """Detection, two causal checks and captures are forwards, and so are measurements, of longer windows."""
         context = self.context or min(max_positions, 4 * self.window_for(max_positions))
@@ -227,7 +233,8 @@ class Rtpurbo(Pass):
         kept = round(self.ratio * plan.model.layers * plan.model.heads) + self.per_layer * plan.model.layers
         resident = 2 * self.windows * kept * (2 * self.rows + 2 * context) * plan.model.head_dim * 4
         # Two windows a step of gates: the teacher's forward, the student's, and a backward through activations alone.
-        gates = (self.choose == "gates") * self.gate_steps * 2 * 3 * min(max_positions, self.gate_context or far)
+        trained = self.choose == "gates" and not is_start(plan)
+        gates = trained * self.gate_steps * 2 * 3 * min(max_positions, self.gate_context or far)
         # A training step is a few matrix products of rows x context x head_dim a head: small beside a forward.
         return Cost(tokens=forwards + measured + gates + self.steps * context // 32, resident=resident)
 
@@ -262,8 +269,7 @@ class Rtpurbo(Pass):
     ) -> Heads:
         """The heads whose gates are open in the end, and how many of them needles would keep. local: keeps no head."""
         shape = local.model
-        wanted = self.gate_context or min(LONGEST, self.reach or LONGEST, program.model.config.max_position_embeddings)
-        length = calibration.longest("train", wanted, LEAST_WINDOWS)
+        length = self._gate_context(program, calibration, local)
         windows, asked = training_windows(
             calibration,
             "train",
@@ -284,9 +290,9 @@ class Rtpurbo(Pass):
             seed=program.seed,
             listen=program.listen,
         )
-        chosen = best_units(gates.scores, count, shape, allowed)
+        opened = best_units(gates.scores, count, shape, allowed)
         needles, _ = best_heads(scores, self.ratio, shape, allowed, self.granularity)
-        chosen = with_every_layer(chosen, scores, self.per_layer, shape, allowed, self.granularity)
+        chosen = with_every_layer(opened, scores, self.per_layer, shape, allowed, self.granularity)
         last = max(1, self.gate_steps // 10)
         measured["kept_heads"] = len(chosen)
         measured["gates"] = {
@@ -295,9 +301,35 @@ class Rtpurbo(Pass):
             "scores": [[round(x, 4) if x > float("-inf") else None for x in row] for row in gates.scores.tolist()],
             "text_kl": sum(gates.text[-last:]) / last,
             "answers_kl": sum(gates.answers[-last:]) / last,
-            "agree_with_needles": len(set(chosen) & set(needles)),
+            "open": len(opened),
+            "agree_with_needles": len(set(opened) & set(needles)),
         }
         return by_layer(chosen)
+
+    def _gate_context(self, program: Program, calibration: Calibration, local: Plan) -> int:
+        """Tokens of a window that gates train on.
+
+        Raises:
+            CalibrationError: none is twice what local heads see, or the text has none as long as was asked for.
+        """
+        readable = int(program.model.config.max_position_embeddings)
+        wanted = min(readable, self.gate_context or min(LONGEST, self.reach or LONGEST))
+        if self.gate_context is not None and self.gate_context > readable:
+            program.listen(Event("gate_context", note=f"lowered to {readable} tokens, all that the model reads"))
+        found = calibration.longest("train", wanted, LEAST_WINDOWS)
+        if self.gate_context is not None and found < wanted:
+            raise CalibrationError(
+                f"the train text has no {LEAST_WINDOWS} windows of {wanted} tokens, {found} at most: lower "
+                "rtpurbo.gate_context or use longer documents"
+            )
+        assert local.window is not None
+        least = 2 * max(local.window.size + local.window.sinks, local.min_context)
+        if found < least:
+            raise CalibrationError(
+                f"gates need windows of {least} tokens, twice what local heads see, and have {found}: raise "
+                "rtpurbo.gate_context, use longer documents, or rtpurbo.choose=needles"
+            )
+        return found
 
     def _given(self, plan: Plan, found: Heads, measured: dict[str, Any]) -> Heads:
         """The heads of the split that the compile started from; how many of them detection would keep is noted.

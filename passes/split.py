@@ -76,7 +76,7 @@ def unit_of(shape: ModelShape, granularity: Granularity) -> int:
 
 def units_kept(ratio: float, shape: ModelShape, allowed: Tensor, granularity: Granularity) -> int:
     """How many of them are ``ratio`` of all, one at least."""
-    return max(1, round(ratio * int(allowed.sum()) * shape.heads / unit_of(shape, granularity)))
+    return max(1, round(ratio * (int(allowed.sum()) * shape.heads) / unit_of(shape, granularity)))
 
 
 def best_units(scores: Tensor, count: int, shape: ModelShape, allowed: Tensor) -> list[tuple[int, int]]:

@@ -13,6 +13,8 @@ from typing import Any
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sparsec.plugins.families import decoder_layers
+
 RECOMPILES = 64  # kinds of calls that a layer is compiled for: rows, with and without gradients
 
 
@@ -22,7 +24,7 @@ def fused_layers(model: Any, cache: Any = None, *, backend: str = "inductor") ->
 
     Values change by rounding alone: what a layer keeps in float32 between two operations is not rounded in between.
     Where PyTorch cannot compile a layer it says so and runs it as before. Routed layers stay as they are: which rows
-    run is known only when they do.
+    run is known only when they do. Layers whose activations are recomputed (gradient checkpointing) run as before, too.
 
     Args:
         model: a causal-LM model, with a plan or without.
@@ -37,7 +39,7 @@ def fused_layers(model: Any, cache: Any = None, *, backend: str = "inductor") ->
 
     name = model.config._attn_implementation
     attention = ALL_ATTENTION_FUNCTIONS.get(name)
-    layers = list(model.get_decoder().layers)
+    layers = list(decoder_layers(model))
     if attention is not None:
         AttentionInterface.register(name, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
     if cache is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,19 @@ def test_training_brings_the_sparse_model_nearer_to_the_dense_one(program: Progr
             assert full_kl(program.model, held, ROWS) == pytest.approx(min(kl for _, kl in outcome.checks), rel=1e-2)
     finally:
         put_weights(program.model, before)
+
+
+def test_small_steps_are_not_lost_in_a_small_dtype(program: Program, lesson: Any) -> None:
+    tokens, taught, held = lesson
+    model = copy.deepcopy(program.model).bfloat16()
+    before = copied_weights(model)
+    with applied(model, program.plan, program.tensors), trainable(model, "all", 8, None):
+        assert {w.dtype for w in model.parameters()} == {torch.float32}
+        started = copied_weights(model)
+        distill(model, tokens, taught, held, settings(lr=3e-6, warmup=0), state=None, listen=silent)
+        moved = changed_weights(model, started)
+    assert set(moved) == {name for name in before if ".indexer." not in name}
+    assert {w.dtype for w in model.parameters()} == {torch.bfloat16}
 
 
 def test_a_run_that_gets_worse_or_diverges_keeps_the_weights(program: Program, lesson: Any) -> None:

@@ -21,12 +21,16 @@ from transformers import (
     Qwen3Config,
 )
 
+from sparsec.calibrate import head_gates
 from sparsec.calibrate.capture import Captured, capture
 from sparsec.errors import PlanError, SourceError
-from sparsec.plan import Plan
+from sparsec.events import silent
+from sparsec.passes.split import split_plan
+from sparsec.plan import Plan, Window
 from sparsec.plugins.families import (
     FAMILIES,
     attention_modules,
+    base_plan,
     decoder_layers,
     family_of,
     final_norm,
@@ -113,6 +117,24 @@ def test_captured_q_k_v_rebuild_the_attention_output(model: Any, ids: Tensor) ->
         weights = (layer.q @ k.transpose(-1, -2) * layer.scale).masked_fill(hidden, float("-inf")).softmax(-1)
         rebuilt = (weights @ v).transpose(1, 2).flatten(2)
         torch.testing.assert_close(rebuilt, outputs[i], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_gates_that_are_shut_or_open_are_the_split(model: Any, ids: Tensor, unit: int) -> None:
+    dense = base_plan(model.config, "test")
+    local = split_plan(dense, {}, Window(size=8, sinks=2), None)
+    last = local.model.layers - 1  # none of the model's own sliding ones
+    with applied(model, split_plan(dense, {last: tuple(range(unit))}, Window(size=8, sinks=2), None)):
+        true = model.get_decoder()(input_ids=ids[:1], use_cache=False).last_hidden_state[0]
+    values = torch.zeros(local.model.layers, local.model.heads // unit)
+    values[last, 0] = 1
+    with head_gates._gated(model):
+        found = head_gates._hidden(model, ids[:1], torch.arange(TOKENS), head_gates._Mixing(local, values))
+    torch.testing.assert_close(found, true, atol=1e-4, rtol=1e-4)
+    asked = torch.tensor([False, True])
+    gates = head_gates.learn_gates(model, ids, asked, local, count=2, unit=unit, rows=8, seed=0, listen=silent)
+    native = native_local_layers(model.config)
+    assert all(bool(torch.isfinite(row).all()) == (i not in native) for i, row in enumerate(gates.scores))
 
 
 def test_turning_back_gives_what_the_rotary_embedding_received(

@@ -19,7 +19,7 @@ from sparsec.calibrate.splits import Calibration
 from sparsec.compiler.pipeline import Job, compile_model
 from sparsec.compiler.recipe import make_recipe, read_recipe
 from sparsec.compiler.registry import GROUP, check_needs, in_order, known_passes, make_passes
-from sparsec.errors import PlanError, UsageError
+from sparsec.errors import CalibrationError, PlanError, UsageError
 from sparsec.events import Event
 from sparsec.layout import TENSORS
 from sparsec.passes.base import Cost, Pass, PassResult, Program, lacks
@@ -144,6 +144,19 @@ def prepared(
         return done[name]
 
     return prepare
+
+
+def test_gates_want_windows_that_tell_full_heads_from_windowed_ones(
+    prepared: Callable[[str], Program], make: Callable[..., Pass], calibration: Calibration
+) -> None:
+    program = prepared("rtpurbo")
+    for options, said in (
+        ({"gate_context": 128, "window": 64}, "rtpurbo.choose=needles"),
+        ({"min_context": 400, "gate_context": 500}, "rtpurbo.gate_context"),
+        ({"gate_context": 128}, "longer context"),
+    ):
+        with pytest.raises(CalibrationError, match=said):
+            make("rtpurbo", choose="gates", gate_steps=2, **options).run(program, calibration)
 
 
 class Ran:

@@ -298,7 +298,7 @@ def test_heads_that_training_chose(made: Callable[..., Inputs]) -> None:
     inputs = made()
     split = next(each for each in inputs.measurements["passes"] if each["name"] == "rtpurbo")["measured"]
     assert "gates" not in render_report(*inputs)
-    split["gates"] = {"steps": 120, "context": 8192, "agree_with_needles": 4}
+    split["gates"] = {"steps": 120, "context": 8192, "open": 6, "agree_with_needles": 4}
     text = render_report(*inputs)
     assert "120 steps trained gates" in text
     assert "240 windows of 8,192 tokens" in text
