@@ -5,6 +5,7 @@ python benchmarks/tables.py --check    exit with 1 if one is stale
 
 eval      eval-demo.json, what ``sparsec eval -o`` wrote: systems side by side, tasks, positions, long decode
 passes    distill-demo.json, the same of several artifacts: make table
+multi     multi-demo.json, several values and several questions at once, of the trained artifact: make table
 heads     the same beside distill-needles-demo.json, whose heads needles chose: the two choices
 indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
 patterns  sharing-demo.json, what benchmarks/sharing.py wrote: patterns of the demo model's indexers
@@ -326,6 +327,7 @@ def _made(result: Mapping[str, Any]) -> str:
 TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "eval": ("eval-demo", "make bench", evaluation),
     "passes": ("distill-demo", "make table", evaluation),
+    "multi": ("multi-demo", "make table", evaluation),
     "heads": ("distill-needles-demo", "make table", heads),
     "rope": ("rope-scaling-demo", "python benchmarks/rope_scaling.py demo --text texts/eval", rope),
     "patterns": ("sharing-demo", "python benchmarks/sharing.py out/every out/split && make docs", patterns),

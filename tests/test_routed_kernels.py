@@ -66,6 +66,10 @@ def test_the_lists_are_those_of_the_scores(tokens: int, width: int, hidden: int)
 def test_a_token_alone_decides_as_it_does_among_others() -> None:
     torch.manual_seed(1)
     x, router = draw(40, 200), router_of(200, 5)
+    if DEVICE.type == "cpu":  # NumPy's product adds a tile's rows up in different orders: here any order is exact
+        x = (8 * x).round() / 8
+        for name, tensor in router.state_dict().items():
+            router.get_parameter(name).data = (8 * tensor).round() / 8
     scores = router(x)
     for at in range(0, 40, 3):
         run = listed(x, router, float(scores[at]))[0]
