@@ -1,6 +1,6 @@
 """Indexers before and after RoPE, positions of the fit stretched or not: mass found and tokens kept, by context.
 
-    python benchmarks/indexers.py SOURCE [--calibration TEXT] [--device cuda]
+    python benchmarks/indexers.py SOURCE [--calibration TEXT] [--device cuda] [--scaling yarn --factor 2]
 
 Writes benchmarks/results/indexers-demo.json. Text that no fit has seen, the last rows of each context as decode rows.
 """
@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from rope_scaling import scaled
 
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.splits import Calibration
@@ -37,11 +39,14 @@ def main() -> None:
     parser.add_argument("source", nargs="?", default="demo")
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scaling", default="default", help="of rotary embeddings, beyond the trained length")
+    parser.add_argument("--factor", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=RESULT)
     asked = parser.parse_args()
     source = open_source(asked.source, revision=None, cache_dir=cache_dir())
     calibration = Calibration(read_corpus(asked.calibration), load_tokenizer(source))
-    model = load_model(source, device=asked.device, dtype="auto")
+    with scaled(source, asked.scaling, asked.factor if asked.scaling != "default" else 1.0) as opened:
+        model = load_model(opened, device=asked.device, dtype="auto")
     plan = base_plan(model.config, "benchmark")
     rows: list[dict[str, Any]] = []
     with drawing() as listen:

@@ -8,6 +8,7 @@ passes    distill-demo.json, the same of several artifacts: make table
 multi     multi-demo.json, several values and several questions at once, of the trained artifact: make table
 heads     the same beside distill-needles-demo.json, whose heads needles chose: the two choices
 indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
+indexers-yarn  indexers-yarn-demo.json, the same at twice the trained length, with YaRN
 patterns  sharing-demo.json, what benchmarks/sharing.py wrote: patterns of the demo model's indexers
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
 cheaper   the same: HISA and MISA
@@ -366,6 +367,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
         engines,
     ),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
+    "indexers-yarn": ("indexers-yarn-demo", "python benchmarks/indexers.py demo --scaling yarn && make docs", indexers),
 }
 
 
