@@ -159,6 +159,7 @@ def check_unions(granularity: str, dtype: torch.dtype, length: int) -> dict[str,
     n, group = length + 1, HEADS // KV
     sets = kept_by_kernel(alone, step.kernel_sets[0], n)
     rt, cache = runtime(together, dtype, length, 0.1, length)
+    out.fill_(float("nan"))
     kernels.decode_step(rt, Step(decode=True), q, k, v, SCALE, out)
     worst, kept = 0.0, []
     for head in retrieval:
