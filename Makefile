@@ -68,7 +68,8 @@ table: $(VENV)/.dev texts
 	$(BIN)/sparsec eval out/distilled --systems dense,artifact --text texts/eval --lengths 2048,4096 --windows 0 --prompts 0 \
 	  --decode-tokens 1024 --decode-prompts 16 --device cuda --dtype bfloat16 --batch-size 16 --kernels auto \
 	  -o benchmarks/results/long-decode-demo.json
-	$(BIN)/sparsec bench out/distilled --text texts/eval --contexts 2048,4096,8000 --device cuda --dtype bfloat16
+	$(BIN)/sparsec bench out/distilled --text texts/eval --contexts 2048,4096,8000 --device cuda --dtype bfloat16 \
+	  -o benchmarks/results/bench-demo.json
 	$(BIN)/python benchmarks/tables.py
 
 # May take an hour on two cores; on a GPU: make bench ON="--device cuda --dtype bfloat16 --batch-size 50"

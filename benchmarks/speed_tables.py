@@ -75,9 +75,9 @@ def _on_rows(result: Mapping[str, Any]) -> str:
 
 
 def whole(result: Mapping[str, Any]) -> str:
-    """Whole models, runs of ``sparsec bench``."""
-    rows = []
-    for run in result["runs"]:
+    """Whole models, one run of ``sparsec bench`` or several."""
+    rows, runs = [], result.get("runs", [result])
+    for run in runs:
         steps = {row["system"]: row["step_s"] for row in run["rows"] if "step_s" in row}
         for row in run["rows"]:
             ratio = f"{steps['dense'] / row['step_s']:.2f}x" if row["system"] != "dense" and "dense" in steps else ""
@@ -85,9 +85,9 @@ def whole(result: Mapping[str, Any]) -> str:
             cache = _gibibytes(row["kv_bytes"]) if "kv_bytes" in row else ""
             rows.append([f"{row['context']:,}", str(row["batch"]), row["system"], *timed, ratio, cache, row["runs"]])
     head = ["tokens", "batch", "system", "first token", "a token", "faster", "KV cache", "runs"]
-    first = result["runs"][0]
+    first = runs[0]
     made = f"{first['device']}, {first['dtype']}, torch {first['versions']['torch']}"
-    commands = ", ".join(f"`{run['command']}`" for run in result["runs"])
+    commands = ", ".join(f"`{run['command']}`" for run in runs)
     return "\n".join([*markdown(head, rows, 3), "", f"{made}: {commands}."])
 
 
