@@ -1,8 +1,8 @@
 """Times an artifact beside the dense model: time to first token, time per token, bytes of the cache, by context.
 
 Prompts are natural text, so that selectors keep what they keep in use; documents one behind the other.
-Dense: :mod:`sparsec.compiler.dense_baseline`. On a GPU a decode step of either is one captured graph; where it cannot
-be one, the row says so. All in one process, in turns.
+Dense: :mod:`sparsec.compiler.dense_baseline`. On a GPU a decode step of either is one captured graph, its layers'
+small operations fused; where it cannot be one, the row says so. All in one process, in turns.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -35,8 +36,6 @@ def fused_layers(model: Any, cache: Any = None, *, backend: str = "inductor") ->
     if plan is not None and (plan.routing is not None or plan.dsa is not None):
         yield
         return
-    import torch
-
     name = model.config._attn_implementation
     attention = ALL_ATTENTION_FUNCTIONS.get(name)
     layers = list(decoder_layers(model))

@@ -81,7 +81,16 @@ def test_nothing_stays(model: Any) -> None:
             assert ALL_ATTENTION_FUNCTIONS["sparsec"] is not before
         assert ALL_ATTENTION_FUNCTIONS["sparsec"] is before
         assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
+        with pytest.raises(RuntimeError, match="stop"):
+            _stopped(model)
+        assert ALL_ATTENTION_FUNCTIONS["sparsec"] is before
+        assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
     assert AttentionInterface()["sparsec"] is before
+
+
+def _stopped(model: Any) -> None:
+    with fused_layers(model, backend=TRACED):
+        raise RuntimeError("stop")
 
 
 def test_what_cannot_be_compiled_runs_as_before(model: Any) -> None:

@@ -24,7 +24,7 @@ from sparsec.plugins.step import Step
 
 
 class DecodeGraph:
-    """Greedy steps of a model with a plan on its kernels.
+    """Greedy steps of a model with a plan on its kernels; small operations of its layers are fused for them (fused.py).
 
     Args:
         model: a plan installed.
