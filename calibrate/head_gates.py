@@ -33,7 +33,7 @@ from sparsec.plugins.runtime import plain_mask
 from sparsec.plugins.step import token_numbers
 
 NAME = "sparsec_gates"
-RATE = 0.05  # AdamW's, on gates before their sigmoid
+RATE = 0.05  # Adam's, on gates before their sigmoid
 HOT, COLD = 1.0, 0.05  # temperatures of the first and the last step
 TEXT_ROWS = 1024  # of a natural window, drawn anew for every step
 

@@ -270,12 +270,14 @@ class Rtpurbo(Pass):
         """The heads whose gates are open in the end, and how many of them needles would keep. local: keeps no head."""
         shape = local.model
         length = self._gate_context(program, calibration, local)
+        rows = min(DECODE_ROWS, length // 4)
+        count = units_kept(self.ratio, shape, allowed, self.granularity)
         windows, asked = training_windows(
             calibration,
             "train",
             length=length,
             count=2 * self.gate_steps,
-            rows=min(DECODE_ROWS, length // 4),
+            rows=rows,
             questions=0.5,
             seed=program.seed,
         )
@@ -284,9 +286,9 @@ class Rtpurbo(Pass):
             windows,
             asked,
             local,
-            count=(count := units_kept(self.ratio, shape, allowed, self.granularity)),
+            count=count,
             unit=unit_of(shape, self.granularity),
-            rows=min(DECODE_ROWS, length // 4),
+            rows=rows,
             seed=program.seed,
             listen=program.listen,
         )

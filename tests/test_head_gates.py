@@ -68,7 +68,7 @@ def test_gates_add_up_and_so_does_their_gradient(temperature: float) -> None:
 
 
 def test_heads_that_matter_stay_open(model: Any) -> None:
-    """All heads but four write nothing: their gates are the ones worth opening."""
+    """All heads but two write next to nothing: the gates of those two are worth opening."""
     _, local = plans(model)
     shape = local.model
     planted = {(1, 2), (3, 1)}
