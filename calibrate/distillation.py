@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsec.calibrate import ranks
-from sparsec.calibrate.teacher import ROWS, Head, TopK
+from sparsec.calibrate.teacher import FUSED_ROWS, ROWS, Head, TopK, logits_of
 from sparsec.errors import TrainingError
 from sparsec.events import Event, Listener
+from sparsec.plugins.fused import compiling, fused
 from sparsec.plugins.runtime import stepping
 from sparsec.plugins.step import Step
 
@@ -41,17 +42,15 @@ FLOOR = 1e-6  # least mass of the rest: below it float32 has nothing left to say
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes. Rates are AdamW's, counts are optimizer steps, windows and rows."""
+    """How a run goes. Rates are AdamW's."""
 
     steps: int
-    batch: int  # windows a step
-    micro_batch: int  # windows a forward
-    rows: int  # decode rows at the end of each window
     lr: float
     warmup: int
     weight_decay: float = 0.01
     clip: float = 1.0
     rest: bool = True
+    labels: float | None = None  # share of the loss that decode rows carry; None: every row counts alike
     checks: int = 10  # how often the held-out KL is measured
     seed: int = 0
 
@@ -87,31 +86,71 @@ def precision(device: torch.device) -> Callable[[], Any]:
     return nullcontext
 
 
-class Student(nn.Module):
-    """The loss of some windows as a module's forward, so that data-parallel wrappers see it."""
+@dataclass
+class Lesson:
+    """Windows of one length, what the teacher says on them, and those of the checks."""
 
-    def __init__(self, model: Any, rows: int, rest: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.rows = rows
-        self.rest = rest
+    tokens: Tensor  # int64 [windows, length]
+    taught: TopK
+    held: HeldOut
+    rows: int  # decode rows at the end of each window
+    batch: int  # windows a step
+    micro_batch: int  # windows a forward
 
-    def forward(self, tokens: Tensor, indices: Tensor, logp: Tensor) -> Tensor:
-        """Mean KL a row in nats. tokens: [windows, length]; indices, logp: [windows, length, k]."""
-        hidden = student_hidden(self.model, tokens, self.rows).flatten(0, 1)
-        head = Head(self.model)
-        indices, logp = indices.flatten(0, 1), logp.flatten(0, 1)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden), ROWS):
-            part = slice(start, start + ROWS)
-            total = total + checkpoint(  # the logits of a whole window are gigabytes: made again for the gradient
-                lambda *rows: kl_top_k(head(rows[0]), rows[1], rows[2], self.rest).sum(),
-                hidden[part],
-                indices[part],
-                logp[part],
-                use_reentrant=False,
-            )
-        return total / len(hidden)
+
+def student_loss(
+    model: Any, tokens: Tensor, indices: Tensor, logp: Tensor, *, rows: int, rest: bool, labels: float | None
+) -> Tensor:
+    """Mean KL a row in nats.
+
+    Args:
+        tokens: [windows, length]; indices, logp: [windows, length, k].
+        rows: decode rows at each window's end.
+        rest: see :func:`kl_top_k`.
+        labels: the share of the loss that decode rows carry; None: every row counts alike.
+    """
+    hidden = student_hidden(model, tokens, rows)
+    weights = row_weights(tokens.shape[1], rows, labels).to(hidden.device).repeat(len(tokens)) / len(tokens)
+    hidden, indices, logp = hidden.flatten(0, 1), indices.flatten(0, 1), logp.flatten(0, 1)
+    head = Head(model)
+    part_loss, rows_held = (fused(_part_loss), FUSED_ROWS) if hidden.is_cuda else (_part_loss, ROWS)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(hidden), rows_held):
+        part = slice(start, start + rows_held)
+        total = total + checkpoint(  # the logits of a whole window are gigabytes: made again for the gradient
+            part_loss,
+            hidden[part],
+            head.module.weight,
+            head.module.bias,
+            head.softcap,
+            indices[part],
+            logp[part],
+            weights[part],
+            rest,
+            use_reentrant=False,
+        )
+    return total
+
+
+def _part_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    indices: Tensor,
+    logp: Tensor,
+    counts: Tensor,
+    rest: bool,
+) -> Tensor:
+    """Sum of some rows' losses, each times what it counts."""
+    return (kl_top_k(logits_of(hidden, weight, bias, softcap), indices, logp, rest) * counts).sum()
+
+
+def row_weights(length: int, rows: int, labels: float | None) -> Tensor:
+    """What each row of a window counts: float32 [length], of sum 1; the last ``rows`` rows count ``labels``."""
+    if labels is None:
+        return torch.full((length,), 1 / length)
+    return torch.cat((torch.full((length - rows,), (1 - labels) / (length - rows)), torch.full((rows,), labels / rows)))
 
 
 def student_hidden(model: Any, tokens: Tensor, rows: int) -> Tensor:
@@ -175,22 +214,13 @@ def full_kl(model: Any, held: HeldOut, rows: int) -> float:
 
 
 def distill(
-    model: Any,
-    tokens: Tensor,
-    taught: TopK,
-    held: HeldOut,
-    settings: Settings,
-    *,
-    state: Path | None,
-    listen: Listener,
+    model: Any, lessons: Sequence[Lesson], settings: Settings, *, state: Path | None, listen: Listener
 ) -> Outcome:
     """Train what of ``model`` requires a gradient, and leave the best weights in it.
 
     Args:
         model: its plan installed.
-        tokens: training windows, int64 [windows, length].
-        taught: the teacher's answers on them.
-        held: windows that are not trained on.
+        lessons: they take turns, a step each.
         state: folder of the run's saved state, or None.
 
     Raises:
@@ -200,16 +230,8 @@ def distill(
     run.resume()
     ranks.wait()  # all have read the state before the first process writes another
     try:
-        if not run.outcome.checks:
-            run.check(held, listen)
-        for step in range(run.step, settings.steps):
-            run.advance(step, tokens, taught)
-            listen(Event("distill", step + 1, settings.steps))
-            if run.outcome.diverged:
-                break
-            if step + 1 in run.when:
-                run.check(held, listen)
-            run.save_if_due()
+        with compiling() if model.device.type == "cuda" else nullcontext():
+            run.go(lessons, listen)
     except torch.OutOfMemoryError:
         raise TrainingError(
             "distillation ran out of memory: lower distill.micro_batch or distill.context, "
@@ -231,16 +253,31 @@ class _Run:
 
     def __post_init__(self) -> None:
         s = self.settings
-        self.student = Student(self.model, s.rows, s.rest)
         self.trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         # Norms and biases are not decayed: their scale is meant.
         groups = [
             {"params": [w for w in self.trained.values() if w.dim() >= 2], "weight_decay": s.weight_decay},
             {"params": [w for w in self.trained.values() if w.dim() < 2], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=s.lr, betas=(0.9, 0.95))
+        self.fused = self.model.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=s.lr, betas=(0.9, 0.95), fused=self.fused
+        )
         self.when = {round(s.steps * (number + 1) / s.checks) for number in range(s.checks)}
         self.saved = time.monotonic()
+
+    def go(self, lessons: Sequence[Lesson], listen: Listener) -> None:
+        """All steps that are left, and the checks among them."""
+        if not self.outcome.checks:
+            self.check(lessons, listen)
+        for step in range(self.step, self.settings.steps):
+            self.advance(step, lessons)
+            listen(Event("distill", step + 1, self.settings.steps))
+            if self.outcome.diverged:
+                break
+            if step + 1 in self.when:
+                self.check(lessons, listen)
+            self.save_if_due()
 
     def rate(self, step: int) -> float:
         """Linear warm-up, cosine to nothing."""
@@ -250,17 +287,21 @@ class _Run:
         share = (step - s.warmup) / max(1, s.steps - s.warmup)
         return s.lr * 0.5 * (1 + math.cos(math.pi * share))
 
-    def advance(self, step: int, tokens: Tensor, taught: TopK) -> None:
+    def advance(self, step: int, lessons: Sequence[Lesson]) -> None:
         """One optimizer step."""
         s, began, device = self.settings, time.monotonic(), self.model.device
-        chosen = batch_of(step, s.batch, len(tokens), s.seed)
+        turn, number = divmod(step, len(lessons))
+        lesson = lessons[number]
+        chosen = batch_of(turn, lesson.batch, len(lesson.tokens), s.seed)
         share = ranks.own(chosen)
         total = torch.zeros((), device=device)
-        for start in range(0, len(share), s.micro_batch):
-            part = share[start : start + s.micro_batch]
-            inputs = (tokens[part], taught.indices[part], taught.logp[part])
+        for start in range(0, len(share), lesson.micro_batch):
+            part = share[start : start + lesson.micro_batch]
+            inputs = (lesson.tokens[part], lesson.taught.indices[part], lesson.taught.logp[part])
             with precision(device)():
-                loss = self.student(*(x.to(device) for x in inputs)) * (len(part) / len(chosen))
+                loss = student_loss(
+                    self.model, *(x.to(device) for x in inputs), rows=lesson.rows, rest=s.rest, labels=s.labels
+                ) * (len(part) / len(chosen))
             loss.backward()
             total += loss.detach()
         self._add_up(total)
@@ -273,7 +314,7 @@ class _Run:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step = step + 1
-        self.outcome.tokens += len(chosen) * tokens.shape[1]
+        self.outcome.tokens += len(chosen) * lesson.tokens.shape[1]
         self.outcome.seconds += time.monotonic() - began
 
     def _add_up(self, total: Tensor) -> None:
@@ -284,9 +325,9 @@ class _Run:
                     weight.grad = torch.zeros_like(weight)
             ranks.add_up([total, *(w.grad for w in self.trained.values() if w.grad is not None)])
 
-    def check(self, held: HeldOut, listen: Listener) -> None:
+    def check(self, lessons: Sequence[Lesson], listen: Listener) -> None:
         """Measure on what is not trained on; keep the weights if they are the best so far."""
-        found = full_kl(self.model, held, self.settings.rows)
+        found = sum(full_kl(self.model, lesson.held, lesson.rows) for lesson in lessons) / len(lessons)
         best = min((kl for _, kl in self.outcome.checks), default=math.inf)
         self.outcome.checks.append((self.step, found))
         listen(Event("distill", self.step, self.settings.steps, f"held-out KL {found:.5f}"))
@@ -342,7 +383,7 @@ class _Run:
                 self.outcome.best[name] = tensors[f"best.{name}"].to(device)
                 if f"exp_avg.{name}" in tensors:
                     self.optimizer.state[weight] = {
-                        "step": tensors[f"step.{name}"],
+                        "step": tensors[f"step.{name}"].to(device if self.fused else "cpu"),
                         **{key: tensors[f"{key}.{name}"].to(device) for key in ("exp_avg", "exp_avg_sq")},
                     }
         self.step = self.outcome.resumed_at = history["step"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class _Mixing:
 
     plan: Plan  # every head local
     values: Tensor | None  # [layers, units]; None: the dense model
+    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # that layers share
 
 
 def gated_attention(
@@ -74,11 +75,11 @@ def gated_attention(
         return native(query, key, value, attention_mask, scale), None
     check_call(attention_mask, dropout, kwargs)
     pos = token_numbers(None, key.shape[0], key.shape[2], query.device)
-    full = dense(query, key, value, pos, pos, scale)
+    full = dense(query, key, value, pos, pos, scale, False)
     if mixing.values is None:
         return full.transpose(1, 2), None
     heads = torch.arange(query.shape[1], device=query.device) // (query.shape[1] // key.shape[1])
-    near = windowed(query, key, value, heads, pos, pos, mixing.plan, scale)
+    near = windowed(query, key, value, heads, pos, pos, mixing.plan, scale, False, mixing.masks)
     gate = mixing.values[layer].to(full)
     gate = gate.repeat_interleave(query.shape[1] // len(gate))[None, :, None, None]
     return (near + gate * (full - near)).transpose(1, 2), None

@@ -22,7 +22,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ SPLITS = ("train", "search", "heldout")
 # Tokens of the windows that every split should get: the longer ones if the text allows, else the shorter.
 LENGTHS = (2048, 512)
 SHORTEST_PART = 64  # tokens; less than this is not worth being a split
+BATCH = 1 << 24  # characters that are tokenised at once, and what the last text has beyond them
 
 
 class Calibration:
@@ -167,11 +168,20 @@ class Calibration:
             raise UsageError(f"windows of {length} tokens hold no text: ask for longer ones")
         return body
 
-    def _encode(self, document: Document) -> torch.Tensor:
-        # verbose=False: documents longer than the model's context are meant to be, and windows never are.
-        ids = self.tokenizer(self._written(document), add_special_tokens=False, verbose=False)["input_ids"]
-        begins = self._bos is not None and ids[:1] == [self._bos]  # the template's; windows bring their own
-        return torch.tensor(ids[begins:], dtype=torch.int32)
+    def _encode(self, documents: Iterable[Document]) -> list[torch.Tensor]:
+        """Tokens of each; several at once, since a tokenizer has a thread a text."""
+        found: list[torch.Tensor] = []
+        batch: list[str] = []
+        waiting = list(documents)
+        for number, document in enumerate(waiting):
+            batch.append(self._written(document))
+            if number + 1 == len(waiting) or sum(map(len, batch)) >= BATCH:
+                # verbose=False: documents longer than the model's context are meant to be, and windows never are.
+                for ids in self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                    begins = self._bos is not None and ids[:1] == [self._bos]  # the template's; windows bring their own
+                    found.append(torch.tensor(ids[begins:], dtype=torch.int32))
+                batch = []
+        return found
 
     def _written(self, document: Document) -> str:
         """A chat as the tokenizer's template writes it; its contents where there is none, or it refuses the roles."""
@@ -187,7 +197,7 @@ class Calibration:
 
     def _split(self) -> None:
         documents = list(self.corpus.documents)
-        tokens = [self._encode(document) for document in documents]
+        tokens = self._encode(documents)
         groups = [group for group in near_duplicates(documents) if any(len(tokens[i]) for i in group)]
         self._groups = [[documents[i].name for i in group] for group in groups if len(group) > 1]
         parts: list[int] = []
@@ -195,7 +205,7 @@ class Calibration:
         if whole is not None:
             parts = list(range(len(documents), len(documents) + len(SPLITS)))
             documents += cut(documents[whole], self.shares)
-            tokens += [self._encode(documents[i]) for i in parts]
+            tokens += self._encode(documents[i] for i in parts)
             if min(len(tokens[i]) for i in parts) < SHORTEST_PART:
                 raise _too_little(groups, [len(ids) for ids in tokens[: parts[0]]])
             group = next(group for group in groups if whole in group)

@@ -20,8 +20,10 @@ from torch import Tensor
 from sparsec.calibrate import ranks
 from sparsec.errors import TrainingError
 from sparsec.events import Listener, tracked
+from sparsec.plugins.fused import fused
 
 ROWS = 2048  # rows whose logits over the whole vocabulary are held at once
+FUSED_ROWS = 8192  # where few copies of them are made
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,13 @@ class Head:
 
     def __call__(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
         """[rows, hidden] -> float32 logits [rows, vocabulary]; ``weight`` instead of the model's own."""
-        weight = self.module.weight if weight is None else weight
-        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, self.module.bias).float()
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        return logits_of(hidden, self.module.weight if weight is None else weight, self.module.bias, self.softcap)
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """An output layer: [rows, hidden] -> float32 logits [rows, vocabulary]."""
+    logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 @torch.no_grad()
@@ -65,19 +71,26 @@ def top_k(model: Any, tokens: Tensor, k: int, batch: int, precision: Callable[[]
         logp = torch.empty(part.numel(), k, dtype=torch.float16)
         with precision():
             hidden = model.get_decoder()(input_ids=part.to(model.device), use_cache=False).last_hidden_state
-            for at, rows in _chunks(hidden.flatten(0, 1)):
-                logits = head(rows)
-                best = logits.topk(k, dim=-1)
-                indices[at] = best.indices.int().cpu()
-                logp[at] = (best.values - logits.logsumexp(-1, keepdim=True)).half().cpu()
+            best, rows_held = (fused(_best), FUSED_ROWS) if hidden.is_cuda else (_best, ROWS)
+            for at, rows in _chunks(hidden.flatten(0, 1), rows_held):
+                indices[at], logp[at] = (
+                    x.cpu() for x in best(rows, head.module.weight, head.module.bias, head.softcap, k)
+                )
         found.append((indices.view(*part.shape, k), logp.view(*part.shape, k)))
     both = zip(*ranks.in_order(found), strict=True)
     return TopK(*(torch.cat(parts) for parts in both))
 
 
-def _chunks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    for start in range(0, len(rows), ROWS):
-        yield slice(start, start + ROWS), rows[start : start + ROWS]
+def _best(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, k: int) -> tuple[Tensor, Tensor]:
+    """Of some rows: the k most likely tokens, int32, and their log-probabilities, float16."""
+    logits = logits_of(hidden, weight, bias, softcap)
+    best = logits.topk(k, dim=-1)
+    return best.indices.int(), (best.values - logits.logsumexp(-1, keepdim=True)).half()
+
+
+def _chunks(rows: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(rows), size):
+        yield slice(start, start + size), rows[start : start + size]
 
 
 def identity(model: Any, tokens: Tensor, k: int) -> str:
@@ -90,14 +103,14 @@ def identity(model: Any, tokens: Tensor, k: int) -> str:
     return digest.hexdigest()
 
 
-def save_top_k(file: Path, found: TopK, owner: str) -> None:
-    """Keep a teacher's answers, whole or not at all; ``owner`` is its :func:`identity`."""
+def save_kept(file: Path, tensors: dict[str, Tensor], owner: str) -> None:
+    """Keep what a teacher said, whole or not at all; ``owner`` is its :func:`identity`."""
     aside = file.with_suffix(".part")
-    save_file({"indices": found.indices, "logp": found.logp}, aside, metadata={"owner": owner})
+    save_file(tensors, aside, metadata={"owner": owner})
     aside.rename(file)
 
 
-def read_top_k(file: Path, owner: str) -> TopK | None:
+def read_kept(file: Path, owner: str) -> dict[str, Tensor] | None:
     """What was kept, None where there is nothing.
 
     Raises:
@@ -109,6 +122,6 @@ def read_top_k(file: Path, owner: str) -> TopK | None:
         with safe_open(file, framework="pt") as kept:
             if (kept.metadata() or {}).get("owner") != owner:
                 raise TrainingError(f"the teacher's answers in {file} are another model's or other text's: delete them")
-            return TopK(kept.get_tensor("indices"), kept.get_tensor("logp"))
+            return {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"the teacher's answers in {file} are damaged ({error}): delete them") from None

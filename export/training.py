@@ -31,11 +31,7 @@ def training(run: Mapping[str, Any]) -> str:
         ),
         facts(
             [
-                (
-                    "windows",
-                    f"{count(run['windows'])} of {count(run['context'])} tokens, the last {count(run['rows'])} rows of "
-                    f"each as decode rows; {count(run['with_questions'])} with hidden facts that are asked for",
-                ),
+                *(("windows", _lesson(lesson)) for lesson in run["lessons"]),
                 ("read", f"{plural(len(losses), 'step')}, {count(run['tokens'])} tokens"),
                 ("teacher", f"its top tokens hold {percent(run['teacher_mass'])} of its probability"),
             ]
@@ -76,6 +72,14 @@ def pass_costs(measurements: Mapping[str, Any]) -> str:
         paragraph("The gate's windows and rows, measured after every pass."),
         table(["", "bits per byte", "against dense", "mass recall", "tokens kept"], rows),
     )
+
+
+def _lesson(lesson: Mapping[str, Any]) -> str:
+    said = (
+        f"{count(lesson['windows'])} of {count(lesson['context'])} tokens, the last {count(lesson['rows'])} rows of each "
+        f"as decode rows; {count(lesson['with_questions'])} with hidden facts that are asked for"
+    )
+    return said + (f", {count(lesson['written'])} that end with the dense model's text" if lesson["written"] else "")
 
 
 def _of(run: Mapping[str, Any]) -> str:

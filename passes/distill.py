@@ -8,17 +8,19 @@ frozen). What the papers leave open and what is chosen here: docs/passes/distill
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from sparsec.calibrate import ranks
-from sparsec.calibrate.distillation import Settings, distill, hold_out, precision
+from sparsec.calibrate.distillation import Lesson, Settings, distill, hold_out, precision
+from sparsec.calibrate.long_decode import continued
 from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.splits import Calibration
-from sparsec.calibrate.teacher import TopK, identity, read_top_k, save_top_k, top_k
+from sparsec.calibrate.teacher import TopK, identity, read_kept, save_kept, top_k
 from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, recomputes, trainable
 from sparsec.errors import PlanError
 from sparsec.events import Event
@@ -28,6 +30,7 @@ from sparsec.plugins.fused import fused_layers
 from sparsec.plugins.runtime import applied
 
 LONGEST = 16384  # tokens a window, unless asked for: activations grow with it
+WRITING = 16 << 30  # bytes of the dense model's cache where it writes
 LEAST_WINDOWS = 4  # of the train text, that a length is taken for all of them
 
 
@@ -71,12 +74,24 @@ class Distill(Pass):
     reach: float = Field(
         default=1.0, gt=0, le=1, description="tokens a window, as a share of what the model reads, at most 16384"
     )
+    lengths: int = Field(
+        default=1, ge=1, le=4, description="windows of the context, of half of it and so on, that take turns"
+    )
     rows: int = Field(default=512, ge=16, description="last tokens of a window, run as decode rows (the paper: 300)")
+    labels: float | None = Field(
+        default=None, ge=0, le=1, description="share of the loss that these rows carry; null: every row counts alike"
+    )
     windows: int | None = Field(
         default=None, ge=1, description="different windows, each read by the teacher once; null: none trains twice"
     )
     questions: float = Field(
         default=0.5, ge=0, le=1, description="share of windows with hidden facts that are asked for"
+    )
+    written: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of the shortest natural windows that end with what the dense model writes (greedily)",
     )
     top_k: int = Field(default=10, ge=1, le=1024, description="teacher's tokens a row (the paper: 10)")
     rest: bool = Field(
@@ -113,29 +128,14 @@ class Distill(Pass):
                 "before it"
             )
         length = self._context(plan, calibration, int(model.config.max_position_embeddings))
-        rows = min(self.rows, length // 4)
-        tokens, asked = training_windows(
-            calibration,
-            "train",
-            length=length,
-            count=self._windows,
-            rows=rows,
-            questions=self.questions,
-            seed=program.seed,
-        )
-        on_gpu = model.device.type == "cuda"
-        with fused_layers(model) if on_gpu else nullcontext():
-            held = self._held(model, calibration, length, rows, program.seed)
-            taught = self._taught(program, tokens)
+        lessons, told = self._lessons(program, calibration, length)
         before = copied_weights(model)
         settings = Settings(
             steps=self.steps,
-            batch=self.batch,
-            micro_batch=self.micro_batch or self.batch,
-            rows=rows,
             lr=self.lr or (1e-3 if self.weights == "lora" else 1e-4),
             warmup=self.steps // 10 if self.warmup is None else self.warmup,
             rest=self.rest,
+            labels=self.labels,
             checks=self.checks,
             seed=program.seed,
         )
@@ -143,9 +143,9 @@ class Distill(Pass):
             applied(model, plan, program.tensors),
             trainable(model, self.weights, self.lora_rank, self.checkpointing, program.seed),
             # A layer that is run again in the backward pass cannot be compiled with what its hooks write.
-            fused_layers(model) if on_gpu and not recomputes(model, self.checkpointing) else nullcontext(),
+            nullcontext() if recomputes(model, self.checkpointing) else _fused(model),
         ):
-            outcome = distill(model, tokens, taught, held, settings, state=program.scratch, listen=listen)
+            outcome = distill(model, lessons, settings, state=program.scratch, listen=listen)
         first, best = outcome.checks[0][1], min(kl for _, kl in outcome.checks)
         changed = changed_weights(model, before) if outcome.best_step else {}
         put_weights(model, before)  # what to do with a result is the caller's business
@@ -154,12 +154,9 @@ class Distill(Pass):
         measured = {
             "weights": self.weights,
             "tier": self.tier_of_run(),
-            "context": length,
-            "rows": rows,
-            "windows": len(tokens),
-            "with_questions": int(asked.sum()),
+            "lessons": told,
             "tokens": outcome.tokens,
-            "teacher_mass": float(taught.logp[::7].float().exp().sum(-1).mean()),
+            "teacher_mass": float(lessons[0].taught.logp[::7].float().exp().sum(-1).mean()),
             "checks": [{"step": step, "kl": kl} for step, kl in outcome.checks],
             "kl_before": first,
             "kl_best": best,
@@ -189,23 +186,98 @@ class Distill(Pass):
         found = min(calibration.longest("train", wanted, LEAST_WINDOWS), calibration.longest("search", wanted))
         return max(found, 2 * plan.window.size if plan.window else 128)
 
-    def _held(self, model: Any, calibration: Calibration, length: int, rows: int, seed: int) -> Any:
-        tokens, _ = training_windows(
-            calibration, "search", length=length, count=2 * self.held_windows, rows=rows, questions=0.5, seed=seed
-        )
-        return hold_out(model, tokens, rows, rows)
+    def _lessons(
+        self, program: Program, calibration: Calibration, length: int
+    ) -> tuple[list[Lesson], list[dict[str, int]]]:
+        """Windows of the context, of half of it and so on, as many tokens a step of each, and the teacher's answers."""
+        model, made, told = program.model, [], []
+        window = program.plan.window
+        # Where local heads see nearly all of a window, there is little to learn.
+        lengths = [i for i in range(self.lengths) if not i or length >> i >= (2 * window.size if window else 128)]
+        for number in lengths:
+            context = length >> number
+            rows, batch = min(self.rows, context // 4), self.batch << number
+            micro_batch = (self.micro_batch or self.batch) << number
+            count = len(range(number, self.steps, len(lengths))) * batch
+            if self.windows is not None:
+                count = min(count, max(1, (self.windows << number) // len(lengths)))
+            tokens, asked = self._windows_of(program, calibration, "train", context, count, rows, self.questions)
+            written = 0
+            if self.written and number == lengths[-1]:
+                natural = (~asked).nonzero()[:, 0]
+                some = natural[: round(self.written * len(natural))]
+                written = len(some)
+                tokens = self._written(program, calibration, tokens, some, rows // 2)
+            held, _ = self._windows_of(program, calibration, "search", context, 2 * self.held_windows, rows, 0.5)
+            with _fused(model):
+                taught, compared = self._taught(program, tokens, micro_batch), hold_out(model, held, rows, rows)
+            made.append(Lesson(tokens, taught, compared, rows, batch, micro_batch))
+            lesson = {"context": context, "rows": rows, "windows": count}
+            told.append(lesson | {"with_questions": int(asked.sum()), "written": written})
+        return made, told
 
-    def _taught(self, program: Program, tokens: Any) -> TopK:
-        """The teacher's answers, kept beside the run's state so that a stopped run need not ask again."""
+    def _windows_of(
+        self,
+        program: Program,
+        calibration: Calibration,
+        split: str,
+        length: int,
+        count: int,
+        rows: int,
+        questions: float,
+    ) -> tuple[Tensor, Tensor]:
+        return training_windows(
+            calibration, split, length=length, count=count, rows=rows, questions=questions, seed=program.seed
+        )
+
+    def _written(self, program: Program, calibration: Calibration, tokens: Tensor, some: Tensor, new: int) -> Tensor:
+        """The windows; the last ``new`` tokens of ``some`` are written by the dense model."""
+        if not len(some):
+            return tokens
+        model, shape = program.model, program.plan.model
+        row = 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens.shape[1] * model.dtype.itemsize
+
+        def write() -> dict[str, Tensor]:
+            found = None
+            if ranks.is_first():
+                found = continued(
+                    model,
+                    calibration.tokenizer,
+                    tokens[some, :-new],
+                    new,
+                    batch_size=max(1, min(256, WRITING // row)),
+                    listen=program.listen,
+                    stage="dense text",
+                )
+            return {"text": ranks.same(found)}  # no two devices round alike
+
+        tokens = tokens.clone()
+        tokens[some, -new:] = self._kept(program, "written", identity(model, tokens[some], new), write)["text"]
+        return tokens
+
+    def _taught(self, program: Program, tokens: Tensor, batch: int) -> TopK:
         model = program.model
-        file = program.scratch / "teacher.safetensors" if program.scratch else None
+
+        def ask() -> dict[str, Tensor]:
+            found = top_k(model, tokens, self.top_k, batch, precision(model.device), program.listen)
+            return {"indices": found.indices, "logp": found.logp}
+
         owner = identity(model, tokens, self.top_k)
-        kept = read_top_k(file, owner) if file and ranks.same(file.is_file()) else None
+        return TopK(**self._kept(program, f"teacher.{tokens.shape[1]}", owner, ask))
+
+    def _kept(
+        self, program: Program, name: str, owner: str, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What the teacher said, kept beside the run's state so that a stopped run need not ask again."""
+        file = program.scratch / f"{name}.safetensors" if program.scratch else None
+        kept = read_kept(file, owner) if file and ranks.same(file.is_file()) else None
         if kept is not None:
             return kept
-        found = top_k(
-            model, tokens, self.top_k, self.micro_batch or self.batch, precision(model.device), program.listen
-        )
+        found = make()
         if file is not None and ranks.is_first():
-            save_top_k(file, found, owner)
+            save_kept(file, found, owner)
         return found
+
+
+def _fused(model: Any) -> AbstractContextManager[None]:
+    return fused_layers(model) if model.device.type == "cuda" else nullcontext()

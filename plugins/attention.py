@@ -68,13 +68,16 @@ def sparsec_attention(
     past = cache.length if cache is not None else 0
     if step.positions is None or step.positions.shape[1] != past + key.shape[2]:
         step.positions = token_numbers(attention_mask, key.shape[0], past + key.shape[2], query.device)
+        step.padded = attention_mask is not None and bool((step.positions < 0).any())
     pos = step.positions.to(query.device)
-    out = torch.empty_like(query)
-    _local(runtime, step, query, key, value, pos, scale, out)
-    _full(runtime, step, query, key, value, pos, scale, out)
+    # Without a cache there is no ring: all local heads run in one call.
+    together = cache is None and not (runtime.plan.window is not None and runtime.plan.window.compensate)
+    parts = [] if together else _local(runtime, step, query, key, value, pos, scale)
+    parts += _full(runtime, step, query, key, value, pos, scale, together)
     if cache is not None and step.commit:
         cache.length = pos.shape[1]
-    return out.transpose(1, 2), None
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return (out if runtime.order is None else out.index_select(1, runtime.order)).transpose(1, 2), None
 
 
 def check_call(attention_mask: Tensor | None, dropout: float, kwargs: Mapping[str, Any]) -> None:
@@ -127,16 +130,13 @@ def _number(step: Step, cache: KernelLayer, q: Tensor, mask: Tensor | None) -> N
             raise ValueError("the kernels' cache takes padding on the left of the first call only: pad on the right")
 
 
-def _local(
-    rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, out: Tensor
-) -> None:
+def _local(rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float) -> list[Tensor]:
     """Query heads whose KV heads are evicted: sinks and window out of the ring."""
     if not len(rt.evicted):
-        return
+        return []
     rows = k.shape[2]
-    q_pos, k, v = pos[:, -rows:], k[:, rt.local_kv], v[:, rt.local_kv]
+    q_pos, k, v = pos[:, -rows:], k.index_select(1, rt.local_kv), v.index_select(1, rt.local_kv)
     store = rt.cache.local if rt.cache is not None else None
-    heads = torch.searchsorted(rt.local_kv, rt.evicted // rt.plan.model.group)
     commit = store is not None and step.commit
     if store is not None and commit and rows == 1 and store.write_one(k, v, q_pos):
         keys, values, k_pos = store.stored()
@@ -144,15 +144,17 @@ def _local(
     else:
         keys, values, k_pos = (k, v, q_pos) if store is None else store.joined(k, v, q_pos)
     dropped = store.dropped if store is not None else None
-    found, dropped = _near(rt, q[:, rt.evicted], keys, values, heads, q_pos, k_pos, scale, dropped)
+    some = q.index_select(1, rt.evicted)
+    found, dropped = _near(rt, step, some, keys, values, rt.evicted_on, q_pos, k_pos, scale, dropped)
     if store is not None and commit:
         store.dropped = dropped
         store.store(keys, values, k_pos)
-    out[:, rt.evicted] = found
+    return [found]
 
 
 def _near(
     rt: LayerRuntime,
+    step: Step,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -169,17 +171,26 @@ def _near(
         return found
     if rt.picked is not None:
         return rt.picked.attend(q, k, v, heads, k_pos, scale, rt.plan), None
-    return windowed(q, k, v, heads, q_pos, k_pos, rt.plan, scale), None
+    return windowed(q, k, v, heads, q_pos, k_pos, rt.plan, scale, step.padded, step.masks), None
 
 
 def _full(
-    rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, out: Tensor
-) -> None:
-    """Query heads on KV heads that keep every token: retrieval heads and the local heads beside them."""
+    rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, all_local: bool
+) -> list[Tensor]:
+    """Query heads on KV heads that keep every token: retrieval heads and the local heads beside them.
+
+    all_local: other local heads run here as well.
+    """
+    parts: list[Tensor] = []
+    if all_local and len(rt.layer.local):
+        local, group = torch.cat((rt.evicted, rt.windowed)), rt.plan.model.group
+        some = q.index_select(1, local)
+        parts.append(_near(rt, step, some, k, v, local // group, pos, pos, scale, None)[0])
     if not len(rt.full_kv):
-        return
-    cache, rows, group = rt.cache, k.shape[2], rt.plan.model.group
-    k, v = k[:, rt.full_kv], v[:, rt.full_kv]
+        return parts
+    cache, rows = rt.cache, k.shape[2]
+    if len(rt.full_kv) != k.shape[1]:
+        k, v = k.index_select(1, rt.full_kv), v.index_select(1, rt.full_kv)
     index = _index(rt, k, pos)
     if cache is not None and cache.full_keys is not None and cache.full_values is not None:
         k, v = torch.cat((cache.full_keys, k), 2), torch.cat((cache.full_values, v), 2)
@@ -188,38 +199,43 @@ def _full(
         if index is not None:
             cache.index_keys, cache.index_means = index.keys, index.means
     q_pos = pos[:, -rows:]
-    if len(rt.windowed):
-        heads = torch.searchsorted(rt.full_kv, rt.windowed // group)
+    if len(rt.windowed) and not all_local:
         dropped = cache.dropped if cache is not None else None
-        out[:, rt.windowed], dropped = _near(rt, q[:, rt.windowed], k, v, heads, q_pos, pos, scale, dropped)
+        some = q.index_select(1, rt.windowed)
+        found, dropped = _near(rt, step, some, k, v, rt.windowed_on, q_pos, pos, scale, dropped)
+        parts.append(found)
         if cache is not None and step.commit:
             cache.dropped = dropped
-    if rt.picked is None and rt.layer.index == "none" and len(rt.retrieval) == q.shape[1]:
-        out.copy_(dense(q, k, v, q_pos, pos, scale))  # the model's own attention: no head is taken out or repeated
-    elif len(rt.retrieval):
-        heads = torch.searchsorted(rt.full_kv, rt.retrieval // group)
-        if rt.picked is not None:
-            if len(rt.retrieval) == q.shape[1]:  # all of them: nothing is sorted out
-                out.copy_(rt.picked.attend(q, k, v, heads, pos, scale))
-            else:
-                out[:, rt.retrieval] = rt.picked.attend(q[:, rt.retrieval], k, v, heads, pos, scale)
-            return
-        q, k, v = q[:, rt.retrieval], k[:, heads], v[:, heads]
-        prompt = min(step.prompt, rows) if step.decode and rt.layer.index != "none" else rows
-        parts = []
-        if prompt:
-            seen = pos.shape[1] - rows + prompt
-            chosen = (
-                rt.layer.index != "none" and rt.plan.selector is not None and rt.plan.selector.prefill == "selector"
-            )
-            part = (q[:, :, :prompt], k[:, :, :seen], v[:, :, :seen])
-            if chosen:
-                parts.append(_chosen_blocks(rt, step, *part, _block_queries(rt, q, prompt), index, pos, scale))
-            else:
-                parts.append(dense(*part, q_pos[:, :prompt], pos[:, :seen], scale))
-        if prompt < rows:
-            parts.append(_selected(rt, step, q[:, :, prompt:], k, v, index, pos, scale))
-        out[:, rt.retrieval] = torch.cat(parts, 2)
+    if len(rt.retrieval):
+        parts.append(_far(rt, step, q, k, v, index, pos, scale))
+    return parts
+
+
+def _far(
+    rt: LayerRuntime, step: Step, q: Tensor, k: Tensor, v: Tensor, index: Index | None, pos: Tensor, scale: float
+) -> Tensor:
+    """Retrieval heads; k and v are of the KV heads that keep every token, all tokens so far."""
+    rows, whole = q.shape[2], len(rt.retrieval) == q.shape[1]
+    q_pos = pos[:, -rows:]
+    if rt.picked is not None:
+        return rt.picked.attend(q if whole else q.index_select(1, rt.retrieval), k, v, rt.retrieval_on, pos, scale)
+    if rt.layer.index == "none" and whole:
+        return dense(q, k, v, q_pos, pos, scale, step.padded)  # the model's own attention: nothing is taken out
+    q = q.index_select(1, rt.retrieval)
+    k, v = k.index_select(1, rt.retrieval_on), v.index_select(1, rt.retrieval_on)
+    prompt = min(step.prompt, rows) if step.decode and rt.layer.index != "none" else rows
+    parts = []
+    if prompt:
+        seen = pos.shape[1] - rows + prompt
+        chosen = rt.layer.index != "none" and rt.plan.selector is not None and rt.plan.selector.prefill == "selector"
+        part = (q[:, :, :prompt], k[:, :, :seen], v[:, :, :seen])
+        if chosen:
+            parts.append(_chosen_blocks(rt, step, *part, _block_queries(rt, q, prompt), index, pos, scale))
+        else:
+            parts.append(dense(*part, q_pos[:, :prompt], pos[:, :seen], scale, step.padded))
+    if prompt < rows:
+        parts.append(_selected(rt, step, q[:, :, prompt:], k, v, index, pos, scale))
+    return torch.cat(parts, 2)
 
 
 @torch.no_grad()
@@ -230,8 +246,8 @@ def _index(rt: LayerRuntime, k: Tensor, pos: Tensor) -> Index | None:
     if rt.indexer is None or selector is None:
         return None
     assert cache is None or isinstance(cache, SparseLayer)
-    heads = torch.searchsorted(rt.full_kv, rt.retrieval // rt.plan.model.group)
-    keys, means = stored(rt.indexer.keys(as_selector_sees(rt, k)[:, heads]), k.dtype, selector), None
+    seen = as_selector_sees(rt, k).index_select(1, rt.retrieval_on)
+    keys, means = stored(rt.indexer.keys(seen), k.dtype, selector), None
     if cache is not None and cache.index_keys is not None:
         keys = torch.cat((cache.index_keys, keys), 2)
     if selector.coarse is not None:
@@ -287,7 +303,7 @@ def _selected(
         if rows == 1:
             parts.append(gathered(part_q, part_k, part_v, keep, scale))
         else:
-            mask = keep | (q_pos < 0)[:, None, :, None]
+            mask = keep if step.padded is False else keep | (q_pos < 0)[:, None, :, None]
             parts.append(F.scaled_dot_product_attention(part_q, part_k, part_v, attn_mask=mask, scale=scale))
     return torch.cat(parts, 2)
 

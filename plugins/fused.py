@@ -6,8 +6,9 @@ of a large model they wait longer than they work, and in training they move more
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache as once
 from typing import Any
 
 import torch
@@ -44,10 +45,7 @@ def fused_layers(model: Any, cache: Any = None, *, backend: str = "inductor") ->
     if cache is not None:
         cache.update = torch.compiler.disable(cache.update)  # type: ignore[no-untyped-call]
     try:
-        # A layer's number must not make it another function; a failure must not end what ran before.
-        with torch._dynamo.config.patch(
-            allow_unspec_int_on_nn_module=True, recompile_limit=RECOMPILES, suppress_errors=True
-        ):
+        with compiling():
             for layer in layers:
                 layer.compile(backend=backend)
             yield
@@ -58,3 +56,19 @@ def fused_layers(model: Any, cache: Any = None, *, backend: str = "inductor") ->
             del cache.update
         if attention is not None:
             AttentionInterface.register(name, attention)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside the block what cannot be compiled runs as it is, with PyTorch's own warning."""
+    # A layer's number must not make it another function; a failure must not end what ran before.
+    with torch._dynamo.config.patch(
+        allow_unspec_int_on_nn_module=True, recompile_limit=RECOMPILES, suppress_errors=True
+    ):
+        yield
+
+
+@once
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its small operations fused, for every shape anew; called in :func:`compiling`."""
+    return torch.compile(function, dynamic=False)

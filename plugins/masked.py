@@ -35,10 +35,13 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Ten
     return F.scaled_dot_product_attention(q, picked_k, picked_v, attn_mask=flags[:, :, None], scale=scale)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, scale: float) -> Tensor:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, scale: float, padded: bool | None = None
+) -> Tensor:
     """Causal attention over all real keys, tiled over rows.
 
     q: [batch, heads, rows, dim]; k, v: [batch, heads, keys, dim], or the KV heads, each read by as many heads in order.
+    padded: some of the keys are padding; None: not known, which waits for the device.
     """
     rows, keys, shared = q.shape[2], k.shape[2], k.shape[1] != q.shape[1]
     if rows == 1 and shared:
@@ -46,7 +49,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, scale: 
         mask = causal(q_pos, k_pos) | (q_pos < 0)[:, None, :, None]
         folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
         return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
-    if rows == keys and bool((k_pos >= 0).all()):
+    if rows == keys and not (bool((k_pos < 0).any()) if padded is None else padded):
         return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, scale=scale, enable_gqa=shared)
     parts = []
     for start in range(0, rows, ROWS):
@@ -62,19 +65,30 @@ def dense(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, scale: 
 
 
 def windowed(
-    q: Tensor, k: Tensor, v: Tensor, heads: Tensor, q_pos: Tensor, k_pos: Tensor, plan: Plan, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    plan: Plan,
+    scale: float,
+    padded: bool | None = None,
+    masks: dict[tuple[int, ...], Tensor] | None = None,
 ) -> Tensor:
     """Local heads: sinks and the last ``window.size`` tokens of every row, the row's own included.
 
     q: [batch, heads, rows, dim]; k, v: [batch, KV heads, keys, dim]; heads: KV head of each query head;
     q_pos, k_pos: token numbers, k_pos ascending where rows > 1. Each tile reads its own slice of the keys.
+    padded: some of the keys are padding; None: not known, which waits for the device. masks: what calls of one forward
+    call share.
     """
     assert plan.window is not None
     size, sinks = plan.window.size, plan.window.sinks
     rows, keys = q.shape[2], k.shape[2]
     whole = rows == keys > max(size + sinks, ROWS) and plan.min_context <= size + sinks
-    if whole and rows * size <= BANDED and bool((k_pos[:, 0] == 0).all()):
-        return banded(q, k, v, heads, size, sinks, scale)
+    if whole and rows * size <= BANDED and (padded is False or bool((k_pos[:, 0] == 0).all())):
+        return banded(q, k, v, heads, size, sinks, scale, masks)
     parts = []
     for start in range(0, rows, ROWS):
         stop = min(start + ROWS, rows)
@@ -87,12 +101,21 @@ def windowed(
         t, j = part_pos[:, None, :, None], tile_pos[:, None, None, :]
         near = (t - j < size) | (j < sinks) | (t < plan.min_context)
         mask = ((j >= 0) & (j <= t) & near) | (t < 0)
-        tile_k, tile_v = tile_k[:, heads], tile_v[:, heads]
+        tile_k, tile_v = tile_k.index_select(1, heads), tile_v.index_select(1, heads)
         parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], tile_k, tile_v, attn_mask=mask, scale=scale))
     return torch.cat(parts, 2)
 
 
-def banded(q: Tensor, k: Tensor, v: Tensor, heads: Tensor, size: int, sinks: int, scale: float) -> Tensor:
+def banded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Tensor,
+    size: int,
+    sinks: int,
+    scale: float,
+    masks: dict[tuple[int, ...], Tensor] | None = None,
+) -> Tensor:
     """:func:`windowed` for whole prompts, padded on the right at most: all tiles of rows in one call.
 
     A tile is at least a window long, so its keys are the tile before it, itself and the sinks.
@@ -103,24 +126,38 @@ def banded(q: Tensor, k: Tensor, v: Tensor, heads: Tensor, size: int, sinks: int
     columns = -(-sinks // 8) * 8  # fused kernels want masks of aligned rows; the columns behind the sinks are masked
 
     def tiled(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, tiles * tile - rows)).reshape(batch, x.shape[1], tiles, tile, dim)
+        """[batch, tiles, heads, tile, dim]."""
+        if tiles * tile > rows:
+            x = F.pad(x, (0, 0, 0, tiles * tile - rows))
+        return x.reshape(batch, x.shape[1], tiles, tile, dim).transpose(1, 2)
 
     def keys(x: Tensor) -> Tensor:
+        x = x.index_select(1, heads)
         own = tiled(x)
-        before = F.pad(own, (0, 0, 0, 0, 1, 0))[:, :, :-1]
-        first = x[:, :, None, :columns].expand(-1, -1, tiles, -1, -1)
-        return torch.cat((before, own, first), 3)[:, heads].transpose(1, 2).flatten(0, 1)
+        before = torch.cat((torch.zeros_like(own[:, :1]), own[:, :-1]), 1)
+        first = x[:, None, :, :columns].expand(-1, tiles, -1, -1, -1)
+        return torch.cat((before, own, first), 3).flatten(0, 1)
 
-    t = torch.arange(tiles * tile, device=q.device).view(tiles, tile, 1)
-    j = torch.arange(2 * tile, device=q.device) - tile + t[:, :1]
+    masks = {} if masks is None else masks
+    of = (batch, rows, tile, size, sinks, q.get_device())
+    if of not in masks:
+        masks[of] = _band(rows, tile, size, sinks, columns, q).repeat(batch, 1, 1)[:, None]
+    queries = tiled(q).flatten(0, 1)
+    found = F.scaled_dot_product_attention(queries, keys(k), keys(v), attn_mask=masks[of], scale=scale)
+    return found.reshape(batch, tiles, -1, tile, dim).transpose(1, 2).flatten(2, 3)[:, :, :rows]
+
+
+def _band(rows: int, tile: int, size: int, sinks: int, columns: int, like: Tensor) -> Tensor:
+    """What each tile's rows see, added to logits: [tiles, tile, 2 * tile + columns] of 0 and -inf, as ``like``."""
+    tiles = -(-rows // tile)
+    t = torch.arange(tiles * tile, device=like.device).view(tiles, tile, 1)
+    j = torch.arange(2 * tile, device=like.device) - tile + t[:, :1]
     near = (j >= 0) & (j <= t) & (t - j < size)
-    j = torch.arange(columns, device=q.device)
+    j = torch.arange(columns, device=like.device)
     first = (j < sinks) & (t - j >= size)
     # A padded row sees whatever: it is cut off.
-    mask = (torch.cat((near, first), -1) | (t >= rows)).repeat(batch, 1, 1)[:, None]
-    queries = tiled(q).transpose(1, 2).flatten(0, 1)
-    found = F.scaled_dot_product_attention(queries, keys(k), keys(v), attn_mask=mask, scale=scale)
-    return found.reshape(batch, tiles, -1, tile, dim).transpose(1, 2).flatten(2, 3)[:, :, :rows]
+    seen = torch.cat((near, first), -1) | (t >= rows)
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
 
 
 PICKED = 256  # rows a tile: a smaller one wastes less on keys that stand behind its first rows
@@ -161,7 +198,7 @@ class Picked:
                 mask = (j >= 0) & (j <= t) & ((t - j < size) | (j < sinks) | (t < plan.min_context))
             mask = mask | (part_pos < 0)[:, None, :, None]
             part = q[:, :, tile * PICKED : (tile + 1) * PICKED]
-            tile_k, tile_v = tile_k[:, heads], tile_v[:, heads]
+            tile_k, tile_v = tile_k.index_select(1, heads), tile_v.index_select(1, heads)
             parts.append(F.scaled_dot_product_attention(part, tile_k, tile_v, attn_mask=mask, scale=scale))
         return torch.cat(parts, 2)
 

@@ -99,6 +99,10 @@ def select(
     Returns:
         bool [batch, heads (1 for a union), rows, keys].
     """
+    if candidates is None and (found := _on_device(scores, q_pos, k_pos, selector, min_context)) is not None:
+        if union is None:
+            return united(found, selector, kv_heads)
+        return found.any(1, keepdim=True) if union else found
     visible = causal(q_pos, k_pos)
     if candidates is not None:
         scores = scores.masked_fill(~candidates, float("-inf"))
@@ -121,6 +125,22 @@ def select(
     if union is None:
         return united(keep, selector, kv_heads)
     return keep.any(1, keepdim=True) if union else keep
+
+
+def _on_device(scores: Tensor, q_pos: Tensor, k_pos: Tensor, selector: Selector, min_context: int) -> Tensor | None:
+    """The sets of tokens of a row each, searched for by a kernel: sorting takes most of a training step on a GPU."""
+    if not scores.is_cuda:
+        return None
+    from sparsec.plugins.kernels.support import launching_on, triton_missing
+
+    if triton_missing() is not None:
+        return None
+    from sparsec.plugins.kernels.rows import kept_rows, takes
+
+    if not takes(scores, selector):
+        return None
+    with launching_on(scores):
+        return kept_rows(scores, q_pos, k_pos, selector, min_context)
 
 
 def united(keep: Tensor, selector: Selector, kv_heads: Sequence[int]) -> Tensor:

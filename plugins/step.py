@@ -60,6 +60,7 @@ class Step:
     real: Tensor | None = None  # bool [batch, rows]: False is padding, which runs nothing; None: there is none
     observe_paths: Callable[[int, str, Tensor], None] | None = None  # layer, unit, bool [batch, rows]: runs it
     padded: bool | None = None  # some of them are
+    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # of whole prompts' windows
     # On the kernels, by layer: what a decode row keeps by, and the blocks that a prompt's groups keep.
     kernel_sets: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     kernel_lists: dict[int, list[Lists]] = field(default_factory=dict)
@@ -78,6 +79,10 @@ class LayerRuntime:
     evicted: Tensor  # local query heads on local KV heads
     windowed: Tensor  # local query heads on full KV heads
     retrieval: Tensor
+    order: Tensor | None  # each head's place among evicted, windowed and retrieval heads in a row; None: its number
+    evicted_on: Tensor  # each evicted head's place among the local KV heads
+    windowed_on: Tensor  # and of the others among the full ones
+    retrieval_on: Tensor
     retrieval_kv: tuple[int, ...]  # the KV head that each of them reads
     picked: Picked | Listed | None = None  # this call's query rows, where they are not the last ones (routing.py)
     away: Tensor | None = None  # bool [batch, rows]: decode rows of this call that were routed away
@@ -96,6 +101,9 @@ def layer_runtime(plan: Plan, number: int, indexer: Indexer | None, device: torc
     def tensor(heads: tuple[int, ...]) -> Tensor:
         return torch.tensor(heads, dtype=torch.long, device=device)
 
+    evicted = tuple(h for h in layer.local if h // group in local_kv)
+    windowed = tuple(h for h in layer.local if h // group in full_kv)
+    row = (*evicted, *windowed, *layer.retrieval)
     return LayerRuntime(
         plan=plan,
         number=number,
@@ -103,9 +111,13 @@ def layer_runtime(plan: Plan, number: int, indexer: Indexer | None, device: torc
         indexer=indexer,
         local_kv=tensor(local_kv),
         full_kv=tensor(full_kv),
-        evicted=tensor(tuple(h for h in layer.local if h // group in local_kv)),
-        windowed=tensor(tuple(h for h in layer.local if h // group in full_kv)),
+        evicted=tensor(evicted),
+        windowed=tensor(windowed),
         retrieval=tensor(layer.retrieval),
+        order=tensor(tuple(map(row.index, range(len(row))))) if row != tuple(range(len(row))) else None,
+        evicted_on=tensor(tuple(local_kv.index(h // group) for h in evicted)),
+        windowed_on=tensor(tuple(full_kv.index(h // group) for h in windowed)),
+        retrieval_on=tensor(tuple(full_kv.index(h // group) for h in layer.retrieval)),
         retrieval_kv=tuple(h // group for h in layer.retrieval),
     )
 

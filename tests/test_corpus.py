@@ -122,7 +122,7 @@ def test_a_chat_is_written_by_the_tokenizers_template() -> None:
     calibration = Calibration(Corpus("c", documents), tokenizer)
     assert calibration.describe()["chats"] == 9
     (window,) = calibration.windows("train", 40, 1)
-    longest = max((calibration._encode(document) for document in calibration.texts("train")), key=len)
+    longest = max(calibration._encode(calibration.texts("train")), key=len)
     assert tokenizer.decode(longest).replace(" ", "")[1:].startswith("user>")
     assert tokenizer.bos_token_id not in longest.tolist()
     assert int(window[0]) == tokenizer.bos_token_id

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.distillation import (
-    HeldOut,
+    Lesson,
     Outcome,
     Settings,
     _Run,
@@ -22,16 +24,19 @@ from sparsec.calibrate.distillation import (
     full_kl,
     hold_out,
     kl_top_k,
+    row_weights,
     student_hidden,
 )
+from sparsec.calibrate.long_decode import continued
 from sparsec.calibrate.needles import ordinary_words
 from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.splits import Calibration
-from sparsec.calibrate.teacher import TopK, identity, read_top_k, save_top_k, top_k
+from sparsec.calibrate.teacher import identity, read_kept, save_kept, top_k
 from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, trainable
 from sparsec.errors import TrainingError
 from sparsec.events import silent
 from sparsec.passes.base import Program
+from sparsec.passes.distill import Distill
 from sparsec.passes.rtpurbo import Rtpurbo
 from sparsec.plan import Plan
 from sparsec.plugins.families import shape_of
@@ -57,15 +62,15 @@ def program(tiny_deep: Path, calibration: Calibration, tiny_options: dict[str, d
 
 
 @pytest.fixture(scope="module")
-def lesson(program: Program, calibration: Calibration) -> tuple[Tensor, TopK, HeldOut]:
+def lesson(program: Program, calibration: Calibration) -> Lesson:
     tokens, _ = training_windows(calibration, "train", length=256, count=4, rows=ROWS, questions=0.0, seed=0)
     held, _ = training_windows(calibration, "search", length=256, count=2, rows=ROWS, questions=0.0, seed=0)
     taught = top_k(program.model, tokens, 10, 2, torch.no_grad, silent)
-    return tokens, taught, hold_out(program.model, held, ROWS, ROWS)
+    return Lesson(tokens, taught, hold_out(program.model, held, ROWS, ROWS), rows=ROWS, batch=2, micro_batch=1)
 
 
 def settings(**changes: Any) -> Settings:
-    usual = {"steps": 8, "batch": 2, "micro_batch": 1, "rows": ROWS, "lr": 1e-2, "warmup": 2, "checks": 4}
+    usual = {"steps": 8, "lr": 1e-2, "warmup": 2, "checks": 4}
     return Settings(**{**usual, **changes})
 
 
@@ -95,8 +100,8 @@ def test_every_window_is_seen_once_an_epoch_and_batches_depend_on_the_step_alone
     assert [batch_of(step, 10, 10, seed=1) for step in (0, 1)] != [batch_of(0, 10, 10, seed=1)] * 2
 
 
-def test_one_call_with_prompt_and_decode_rows_equals_prefill_then_decode(program: Program, lesson: Any) -> None:
-    tokens = lesson[0][:1]
+def test_one_call_with_prompt_and_decode_rows_equals_prefill_then_decode(program: Program, lesson: Lesson) -> None:
+    tokens = lesson.tokens[:1]
     with applied(program.model, program.plan, program.tensors), torch.no_grad():
         whole = student_hidden(program.model, tokens, ROWS)[:, -ROWS:]
         cache = new_cache(program.model)
@@ -108,8 +113,7 @@ def test_one_call_with_prompt_and_decode_rows_equals_prefill_then_decode(program
 
 
 @pytest.mark.parametrize("kind", ["lora", "all"])
-def test_training_brings_the_sparse_model_nearer_to_the_dense_one(program: Program, lesson: Any, kind: Any) -> None:
-    tokens, taught, held = lesson
+def test_training_brings_the_sparse_model_nearer_to_the_dense_one(program: Program, lesson: Lesson, kind: Any) -> None:
     before = copied_weights(program.model)
     # A student that starts further off than the plan alone puts it, so that there is something to learn.
     with torch.no_grad():
@@ -121,9 +125,7 @@ def test_training_brings_the_sparse_model_nearer_to_the_dense_one(program: Progr
             indexers = [p.requires_grad for n, p in program.model.named_parameters() if ".indexer." in n]
             outcome = distill(
                 program.model,
-                tokens,
-                taught,
-                held,
+                [lesson],
                 settings(steps=24, lr=1e-3 if kind == "lora" else 1e-4),
                 state=None,
                 listen=silent,
@@ -135,49 +137,48 @@ def test_training_brings_the_sparse_model_nearer_to_the_dense_one(program: Progr
         changed = changed_weights(program.model, shifted)
         assert changed
         with applied(program.model, program.plan, program.tensors):
-            assert full_kl(program.model, held, ROWS) == pytest.approx(min(kl for _, kl in outcome.checks), rel=1e-2)
+            assert full_kl(program.model, lesson.held, ROWS) == pytest.approx(
+                min(kl for _, kl in outcome.checks), rel=1e-2
+            )
     finally:
         put_weights(program.model, before)
 
 
-def test_small_steps_are_not_lost_in_a_small_dtype(program: Program, lesson: Any) -> None:
-    tokens, taught, held = lesson
+def test_small_steps_are_not_lost_in_a_small_dtype(program: Program, lesson: Lesson) -> None:
     model = copy.deepcopy(program.model).bfloat16()
     before = copied_weights(model)
     with applied(model, program.plan, program.tensors), trainable(model, "all", 8, None):
         assert {w.dtype for w in model.parameters()} == {torch.float32}
         started = copied_weights(model)
-        distill(model, tokens, taught, held, settings(lr=3e-6, warmup=0), state=None, listen=silent)
+        distill(model, [lesson], settings(lr=3e-6, warmup=0), state=None, listen=silent)
         moved = changed_weights(model, started)
     assert set(moved) == {name for name in before if ".indexer." not in name}
     assert {w.dtype for w in model.parameters()} == {torch.bfloat16}
 
 
-def test_a_run_that_gets_worse_or_diverges_keeps_the_weights(program: Program, lesson: Any) -> None:
-    tokens, taught, held = lesson
+def test_a_run_that_gets_worse_or_diverges_keeps_the_weights(program: Program, lesson: Lesson) -> None:
     before = copied_weights(program.model)
     with applied(program.model, program.plan, program.tensors), trainable(program.model, "all", 8, None):
-        outcome = distill(program.model, tokens, taught, held, settings(lr=30.0, warmup=0), state=None, listen=silent)
+        outcome = distill(program.model, [lesson], settings(lr=30.0, warmup=0), state=None, listen=silent)
     assert outcome.best_step == 0
     assert not changed_weights(program.model, before)
 
 
-def test_a_stopped_run_continues_to_the_same_weights(program: Program, lesson: Any, tmp_path: Path) -> None:
-    tokens, taught, held = lesson
+def test_a_stopped_run_continues_to_the_same_weights(program: Program, lesson: Lesson, tmp_path: Path) -> None:
     before = copied_weights(program.model)
 
     def train(stop: int | None, folder: Path | None) -> tuple[dict[str, Tensor], Outcome]:
         with applied(program.model, program.plan, program.tensors), trainable(program.model, "all", 8, None):
             if stop is not None:
                 run = _Run(program.model, settings(), folder)
-                run.check(held, silent)
+                run.check([lesson], silent)
                 for step in range(stop):
-                    run.advance(step, tokens, taught)
+                    run.advance(step, [lesson])
                     if step + 1 in run.when:
-                        run.check(held, silent)
+                        run.check([lesson], silent)
                 run.save()
                 put_weights(program.model, before)
-            outcome = distill(program.model, tokens, taught, held, settings(), state=folder, listen=silent)
+            outcome = distill(program.model, [lesson], settings(), state=folder, listen=silent)
         found = copied_weights(program.model)
         put_weights(program.model, before)
         return found, outcome
@@ -190,36 +191,36 @@ def test_a_stopped_run_continues_to_the_same_weights(program: Program, lesson: A
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_damaged_training_state_is_refused_with_the_way_out(program: Program, lesson: Any, tmp_path: Path) -> None:
+def test_a_damaged_training_state_is_refused_with_the_way_out(program: Program, lesson: Lesson, tmp_path: Path) -> None:
     (tmp_path / "state.safetensors").write_bytes(b"nonsense")
     with (
         applied(program.model, program.plan, program.tensors),
         trainable(program.model, "all", 8, None),
         pytest.raises(TrainingError, match=r"damaged .*: delete it"),
     ):
-        distill(program.model, *lesson, settings(), state=tmp_path, listen=silent)
+        distill(program.model, [lesson], settings(), state=tmp_path, listen=silent)
 
 
-def test_a_teacher_of_another_model_is_refused(program: Program, lesson: Any, tmp_path: Path) -> None:
-    tokens, taught, _ = lesson
-    owner = identity(program.model, tokens, 10)
-    save_top_k(tmp_path / "teacher.safetensors", taught, owner)
-    kept = read_top_k(tmp_path / "teacher.safetensors", owner)
+def test_a_teacher_of_another_model_is_refused(program: Program, lesson: Lesson, tmp_path: Path) -> None:
+    taught = lesson.taught
+    owner = identity(program.model, lesson.tokens, 10)
+    save_kept(tmp_path / "teacher.safetensors", {"indices": taught.indices, "logp": taught.logp}, owner)
+    kept = read_kept(tmp_path / "teacher.safetensors", owner)
     assert kept is not None
-    assert torch.equal(kept.indices, taught.indices)
+    assert torch.equal(kept["indices"], taught.indices)
     weight = next(program.model.parameters())
     with torch.no_grad():
         weight.view(-1)[0] += 1
     try:
         with pytest.raises(TrainingError, match="another model's or other text's: delete"):
-            read_top_k(tmp_path / "teacher.safetensors", identity(program.model, tokens, 10))
+            read_kept(tmp_path / "teacher.safetensors", identity(program.model, lesson.tokens, 10))
     finally:
         with torch.no_grad():
             weight.view(-1)[0] -= 1
 
 
 def test_running_out_of_memory_names_what_to_lower(
-    program: Program, lesson: Any, monkeypatch: pytest.MonkeyPatch
+    program: Program, lesson: Lesson, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError
@@ -230,7 +231,7 @@ def test_running_out_of_memory_names_what_to_lower(
         trainable(program.model, "all", 8, None),
         pytest.raises(TrainingError, match=r"lower distill\.micro_batch or distill.context"),
     ):
-        distill(program.model, *lesson, settings(), state=None, listen=silent)
+        distill(program.model, [lesson], settings(), state=None, listen=silent)
 
 
 def test_questions_lie_in_the_decode_rows_and_their_facts_before(calibration: Calibration) -> None:
@@ -241,6 +242,34 @@ def test_questions_lie_in_the_decode_rows_and_their_facts_before(calibration: Ca
     assert not none.any()
     assert torch.equal(windows[~asked], plain[~asked])
     assert not torch.equal(windows[asked], plain[asked])
+
+
+def test_lengths_take_turns_and_some_windows_end_with_the_dense_models_text(
+    program: Program, calibration: Calibration, tmp_path: Path
+) -> None:
+    options = Distill(
+        weights="all", steps=5, batch=1, context=512, lengths=2, rows=64, written=0.5, held_windows=1, checks=1
+    )
+    result = options.run(replace(program, scratch=tmp_path), calibration)
+    longer, shorter = result.measured["lessons"]
+    assert (longer["context"], longer["windows"], longer["written"]) == (512, 3, 0)
+    assert (shorter["context"], shorter["windows"], shorter["with_questions"], shorter["written"]) == (256, 4, 2, 1)
+    assert result.measured["tokens"] == 5 * 512
+    windows, asked = training_windows(calibration, "train", length=256, count=4, rows=64, questions=0.5, seed=3)
+    [text] = load_file(tmp_path / "written.safetensors")["text"]
+    natural = windows[~asked][0]
+    assert torch.equal(text, continued(program.model, calibration.tokenizer, natural[None, :-32], 32)[0])
+    assert not torch.equal(text, natural[-32:])
+    again = options.run(replace(program, scratch=tmp_path), calibration)
+    assert again.measured["losses"] == result.measured["losses"]
+
+
+def test_decode_rows_carry_the_share_of_the_loss_that_they_are_given() -> None:
+    assert torch.allclose(row_weights(100, 20, None), torch.full((100,), 0.01))
+    weights = row_weights(100, 20, 0.5)
+    assert float(weights.sum()) == pytest.approx(1)
+    assert float(weights[-20:].sum()) == pytest.approx(0.5)
+    assert float(row_weights(100, 20, 1.0)[:80].sum()) == 0
 
 
 def test_held_out_words_are_no_words_of_training(calibration: Calibration) -> None:

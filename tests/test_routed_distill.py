@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsec.calibrate.corpus import read_corpus
-from sparsec.calibrate.distillation import Settings, distill, hold_out, student_hidden
+from sparsec.calibrate.distillation import Lesson, Settings, distill, hold_out, student_hidden
 from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.teacher import top_k
@@ -95,8 +95,9 @@ def test_lora_learns_under_routing_and_leaves_routers_and_forecasters(
         with applied(model, program.plan, program.tensors):
             with trainable(model, "lora", 8, None):
                 assert not [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
-                settings = Settings(steps=24, batch=2, micro_batch=2, rows=ROWS, lr=1e-3, warmup=2, checks=4)
-                outcome = distill(model, tokens, taught, held, settings, state=None, listen=silent)
+                settings = Settings(steps=24, lr=1e-3, warmup=2, checks=4)
+                lesson = Lesson(tokens, taught, held, rows=ROWS, batch=2, micro_batch=2)
+                outcome = distill(model, [lesson], settings, state=None, listen=silent)
             kept = added_tensors(model)
         assert outcome.best_step > 0
         assert min(kl for _, kl in outcome.checks) < outcome.checks[0][1]
