@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from sparsec.plan import Coarse, Selector, Window
 from sparsec.plugins.kernels import append, blocks, choose, coarse, decide, decode, edge, forecast, lists, picked
+from sparsec.plugins.kernels.rows import kept_rows
 from sparsec.plugins.kernels.window import window_prefill
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
@@ -123,6 +124,8 @@ def main() -> None:
         q, k, k, q, ints(RETRIEVAL), ints(RETRIEVAL), ints(RETRIEVAL), ints(1), chosen, prompt, 0, scale
     )
     decode.combine(partial, lse, ints(HEADS), one, ints(1))
+    several = prompt.model_copy(update={"granularity": "token"})
+    kept_rows(torch.zeros(1, 1, 512, 8192), *(torch.zeros(1, n, dtype=torch.long) for n in (512, 8192)), several, 516)
     routed()
 
 

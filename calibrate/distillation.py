@@ -302,7 +302,7 @@ class _Run:
                 loss = student_loss(
                     self.model, *(x.to(device) for x in inputs), rows=lesson.rows, rest=s.rest, labels=s.labels
                 ) * (len(part) / len(chosen))
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         self._add_up(total)
         norm = float(nn.utils.clip_grad_norm_(self.trained.values(), s.clip))

@@ -75,10 +75,9 @@ def pass_costs(measurements: Mapping[str, Any]) -> str:
 
 
 def _lesson(lesson: Mapping[str, Any]) -> str:
-    said = (
-        f"{count(lesson['windows'])} of {count(lesson['context'])} tokens, the last {count(lesson['rows'])} rows of each "
-        f"as decode rows; {count(lesson['with_questions'])} with hidden facts that are asked for"
-    )
+    windows, context, rows = count(lesson["windows"]), count(lesson["context"]), count(lesson["rows"])
+    said = f"{windows} of {context} tokens, the last {rows} rows of each as decode rows; "
+    said += f"{count(lesson['with_questions'])} with hidden facts that are asked for"
     return said + (f", {count(lesson['written'])} that end with the dense model's text" if lesson["written"] else "")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -191,6 +192,7 @@ class Distill(Pass):
     ) -> tuple[list[Lesson], list[dict[str, int]]]:
         """Windows of the context, of half of it and so on, as many tokens a step of each, and the teacher's answers."""
         model, made, told = program.model, [], []
+        draw = partial(training_windows, calibration, seed=program.seed)
         window = program.plan.window
         # Where local heads see nearly all of a window, there is little to learn.
         lengths = [i for i in range(self.lengths) if not i or length >> i >= (2 * window.size if window else 128)]
@@ -201,34 +203,20 @@ class Distill(Pass):
             count = len(range(number, self.steps, len(lengths))) * batch
             if self.windows is not None:
                 count = min(count, max(1, (self.windows << number) // len(lengths)))
-            tokens, asked = self._windows_of(program, calibration, "train", context, count, rows, self.questions)
+            tokens, asked = draw("train", length=context, count=count, rows=rows, questions=self.questions)
             written = 0
             if self.written and number == lengths[-1]:
                 natural = (~asked).nonzero()[:, 0]
                 some = natural[: round(self.written * len(natural))]
                 written = len(some)
                 tokens = self._written(program, calibration, tokens, some, rows // 2)
-            held, _ = self._windows_of(program, calibration, "search", context, 2 * self.held_windows, rows, 0.5)
+            held, _ = draw("search", length=context, count=2 * self.held_windows, rows=rows, questions=0.5)
             with _fused(model):
                 taught, compared = self._taught(program, tokens, micro_batch), hold_out(model, held, rows, rows)
             made.append(Lesson(tokens, taught, compared, rows, batch, micro_batch))
             lesson = {"context": context, "rows": rows, "windows": count}
             told.append(lesson | {"with_questions": int(asked.sum()), "written": written})
         return made, told
-
-    def _windows_of(
-        self,
-        program: Program,
-        calibration: Calibration,
-        split: str,
-        length: int,
-        count: int,
-        rows: int,
-        questions: float,
-    ) -> tuple[Tensor, Tensor]:
-        return training_windows(
-            calibration, split, length=length, count=count, rows=rows, questions=questions, seed=program.seed
-        )
 
     def _written(self, program: Program, calibration: Calibration, tokens: Tensor, some: Tensor, new: int) -> Tensor:
         """The windows; the last ``new`` tokens of ``some`` are written by the dense model."""
@@ -238,18 +226,18 @@ class Distill(Pass):
         row = 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens.shape[1] * model.dtype.itemsize
 
         def write() -> dict[str, Tensor]:
-            found = None
-            if ranks.is_first():
-                found = continued(
-                    model,
-                    calibration.tokenizer,
-                    tokens[some, :-new],
-                    new,
-                    batch_size=max(1, min(256, WRITING // row)),
-                    listen=program.listen,
-                    stage="dense text",
-                )
-            return {"text": ranks.same(found)}  # no two devices round alike
+            if not ranks.is_first():  # no two devices round alike
+                return ranks.same({})
+            found = continued(
+                model,
+                calibration.tokenizer,
+                tokens[some, :-new],
+                new,
+                batch_size=max(1, min(256, WRITING // row)),
+                listen=program.listen,
+                stage="dense text",
+            )
+            return ranks.same({"text": found})
 
         tokens = tokens.clone()
         tokens[some, -new:] = self._kept(program, "written", identity(model, tokens[some], new), write)["text"]

@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsec.plugins.blocks import Groups, choose_blocks, group_numbers, groups_of, kept_keys
@@ -22,7 +21,7 @@ from sparsec.plugins.coarse import candidates, extended
 from sparsec.plugins.compensation import Dropped, compensated
 from sparsec.plugins.index_keys import Index, stored
 from sparsec.plugins.kernels.support import launching_on
-from sparsec.plugins.masked import ROWS, dense, gathered, windowed
+from sparsec.plugins.masked import ROWS, attended, dense, gathered, windowed
 from sparsec.plugins.selector import causal, select, unrotate
 from sparsec.plugins.step import LayerRuntime, Selection, Step, token_numbers
 
@@ -304,7 +303,7 @@ def _selected(
             parts.append(gathered(part_q, part_k, part_v, keep, scale))
         else:
             mask = keep if step.padded is False else keep | (q_pos < 0)[:, None, :, None]
-            parts.append(F.scaled_dot_product_attention(part_q, part_k, part_v, attn_mask=mask, scale=scale))
+            parts.append(attended(part_q, part_k, part_v, attn_mask=mask, scale=scale))
     return torch.cat(parts, 2)
 
 
@@ -377,7 +376,7 @@ def _chosen_blocks(
             part = (part_q, part_k, keep, visible, scale, rt.plan, q_pos, k_pos)
             step.observe_prefill(Selection(rt.number, heads, *part))
         mask = keep | (q_pos < 0)[:, None, :, None]
-        parts.append(F.scaled_dot_product_attention(part_q, part_k, part_v, attn_mask=mask, scale=scale))
+        parts.append(attended(part_q, part_k, part_v, attn_mask=mask, scale=scale))
     return torch.cat(parts, 2)
 
 
@@ -407,4 +406,4 @@ def native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     causal_only = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal_only, scale=scale).transpose(1, 2)
+    return attended(q, k, v, attn_mask=mask, is_causal=causal_only, scale=scale).transpose(1, 2)

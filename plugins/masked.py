@@ -7,6 +7,7 @@ Rows run in tiles, so that nothing of the size rows x keys of a whole prompt is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,18 @@ from sparsec.plugins.selector import causal
 
 BANDED = 1 << 24  # rows x window up to which all tiles of a prompt run in one call: its mask is held at once
 ROWS = 512  # rows a tile: what is held at once is [heads, ROWS, keys], never rows x keys of a whole prompt
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, *, scale: float, attn_mask: Tensor | None = None, **how: Any) -> Tensor:
+    """PyTorch's attention; arguments are those of ``torch.nn.functional.scaled_dot_product_attention``.
+
+    PyTorch keeps cuDNN's backward graphs by the layouts of q, k and v. A gradient in another layout than the first one
+    of its shape would be read as that one: so each is laid out in order.
+    """
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale, **how)
+    if found.requires_grad:
+        found.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
+    return found
 
 
 def gathered(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Tensor:
@@ -32,7 +45,7 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Ten
     rows = at[..., None].expand(*at.shape, k.shape[-1])
     flags = flags | ~flags.any(-1, keepdim=True)
     picked_k, picked_v = k.gather(2, rows), v.gather(2, rows)
-    return F.scaled_dot_product_attention(q, picked_k, picked_v, attn_mask=flags[:, :, None], scale=scale)
+    return attended(q, picked_k, picked_v, attn_mask=flags[:, :, None], scale=scale)
 
 
 def dense(
@@ -48,9 +61,9 @@ def dense(
         # A KV head's query heads are its rows: nothing is repeated.
         mask = causal(q_pos, k_pos) | (q_pos < 0)[:, None, :, None]
         folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
+        return attended(folded, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
     if rows == keys and not (bool((k_pos < 0).any()) if padded is None else padded):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, scale=scale, enable_gqa=shared)
+        return attended(q, k, v, is_causal=rows > 1, scale=scale, enable_gqa=shared)
     parts = []
     for start in range(0, rows, ROWS):
         seen = keys - rows + min(start + ROWS, rows)
@@ -58,9 +71,7 @@ def dense(
         mask = causal(part_pos, k_pos[:, :seen]) | (part_pos < 0)[:, None, :, None]
         part = q[:, :, start : start + ROWS]
         seen_k, seen_v = k[:, :, :seen], v[:, :, :seen]
-        parts.append(
-            F.scaled_dot_product_attention(part, seen_k, seen_v, attn_mask=mask, scale=scale, enable_gqa=shared)
-        )
+        parts.append(attended(part, seen_k, seen_v, attn_mask=mask, scale=scale, enable_gqa=shared))
     return torch.cat(parts, 2)
 
 
@@ -102,7 +113,7 @@ def windowed(
         near = (t - j < size) | (j < sinks) | (t < plan.min_context)
         mask = ((j >= 0) & (j <= t) & near) | (t < 0)
         tile_k, tile_v = tile_k.index_select(1, heads), tile_v.index_select(1, heads)
-        parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], tile_k, tile_v, attn_mask=mask, scale=scale))
+        parts.append(attended(q[:, :, start:stop], tile_k, tile_v, attn_mask=mask, scale=scale))
     return torch.cat(parts, 2)
 
 
@@ -143,7 +154,7 @@ def banded(
     if of not in masks:
         masks[of] = _band(rows, tile, size, sinks, columns, q).repeat(batch, 1, 1)[:, None]
     queries = tiled(q).flatten(0, 1)
-    found = F.scaled_dot_product_attention(queries, keys(k), keys(v), attn_mask=masks[of], scale=scale)
+    found = attended(queries, keys(k), keys(v), attn_mask=masks[of], scale=scale)
     return found.reshape(batch, tiles, -1, tile, dim).transpose(1, 2).flatten(2, 3)[:, :, :rows]
 
 
@@ -199,7 +210,7 @@ class Picked:
             mask = mask | (part_pos < 0)[:, None, :, None]
             part = q[:, :, tile * PICKED : (tile + 1) * PICKED]
             tile_k, tile_v = tile_k.index_select(1, heads), tile_v.index_select(1, heads)
-            parts.append(F.scaled_dot_product_attention(part, tile_k, tile_v, attn_mask=mask, scale=scale))
+            parts.append(attended(part, tile_k, tile_v, attn_mask=mask, scale=scale))
         return torch.cat(parts, 2)
 
 

@@ -25,6 +25,7 @@ from sparsec.plugins.selector import select
 pytest.importorskip("triton")
 from sparsec.plugins.blocks import choose_blocks, group_numbers, groups_of
 from sparsec.plugins.kernels import append, blocks, choose, coarse, decode, lists
+from sparsec.plugins.kernels.rows import kept_rows, takes
 from sparsec.plugins.kernels.window import window_prefill
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -332,6 +333,31 @@ def test_groups_choose_the_blocks_that_the_reference_chooses(
 
 
 # The GPU's compiler ----------------------------------------------------------------------------------------------
+
+
+# Rows of a measurement or of training --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "top_p", "least", "recent"),
+    [(300, 0.9, 16, 8), (1000, 0.5, 64, 0), (64, 0.999, 100, 8), (130, 0.95, 0, 8)],
+)
+def test_rows_keep_what_the_reference_keeps(keys: int, top_p: float, least: int, recent: int) -> None:
+    torch.manual_seed(keys)
+    selector = Selector(
+        rank=4, rope="post", granularity="token", block=64, top_p=top_p, sinks=4, recent=recent, min_keep=least
+    )
+    scores = 3 * torch.randn(2, 3, 7, keys)
+    scores[..., ::7] = scores[..., :1]  # ties
+    k_pos = torch.arange(keys).repeat(2, 1)
+    k_pos[1] = (k_pos[1] - 5).clamp_min(-1)  # padding in front
+    q_pos = k_pos[:, -7:].clone()
+    q_pos[0, 0] = -1
+    true = select(scores, q_pos, k_pos, selector, 20, union=False)
+    found = kept_rows(*(x.to(DEVICE) for x in (scores, q_pos, k_pos)), selector, 20)
+    assert torch.equal(found.cpu(), true)
+    assert takes(scores, selector)
+    assert not takes(scores, selector.model_copy(update={"granularity": "block"}))
 
 
 def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
