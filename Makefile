@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 PINS := $(VENV)/constraints.txt
 SOURCES := pyproject.toml $(shell find sparsec plugins calibrate passes export compiler -name '*.py')
 DEMO := out/demo
+GPUS ?= 0
 
 # The demo model is unpacked here, and finished stages of a compile are kept here.
 export SPARSEC_CACHE ?= $(CURDIR)/.cache
@@ -53,23 +54,9 @@ docs: $(VENV)/.dev
 texts: | $(VENV)/.torch
 	rm -rf texts.part && $(BIN)/python benchmarks/texts.py texts.part && mv texts.part texts
 
-# The passes side by side, with training, on a GPU.
-TRAIN := $(BIN)/sparsec compile demo --calibration texts/train --device cuda --tier hours
+# The passes side by side, with training, on a GPU; on several: make table GPUS=0,1
 table: $(VENV)/.dev texts
-	$(TRAIN) --passes razor -o out/razor
-	$(TRAIN) --passes rtpurbo -o out/rtpurbo
-	$(TRAIN) --passes rtpurbo,distill -o out/distilled
-	$(BIN)/sparsec eval out/rtpurbo out/razor out/distilled --text texts/eval --lengths 2048,4096,8000 \
-	  --tasks kv,multikey,passkey --prompts 100 --windows 16 --device cuda --dtype bfloat16 --batch-size 50 --kernels auto \
-	  -o benchmarks/results/distill-demo.json
-	$(BIN)/sparsec eval out/distilled --systems dense,artifact --text texts/eval --lengths 2048,4096,8000 --windows 0 \
-	  --tasks multivalue,multiquery --prompts 100 --device cuda --dtype bfloat16 --batch-size 50 --kernels auto \
-	  -o benchmarks/results/multi-demo.json
-	$(BIN)/sparsec eval out/distilled --systems dense,artifact --text texts/eval --lengths 2048,4096 --windows 0 --prompts 0 \
-	  --decode-tokens 1024 --decode-prompts 16 --device cuda --dtype bfloat16 --batch-size 16 --kernels auto \
-	  -o benchmarks/results/long-decode-demo.json
-	$(BIN)/sparsec bench out/distilled --text texts/eval --contexts 2048,4096,8000 --device cuda --dtype bfloat16 \
-	  -o benchmarks/results/bench-demo.json
+	$(BIN)/python benchmarks/table.py --gpus $(GPUS)
 	$(BIN)/python benchmarks/tables.py
 
 # May take an hour on two cores; on a GPU: make bench ON="--device cuda --dtype bfloat16 --batch-size 50"

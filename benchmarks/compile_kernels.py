@@ -125,7 +125,8 @@ def main() -> None:
     )
     decode.combine(partial, lse, ints(HEADS), one, ints(1))
     several = prompt.model_copy(update={"granularity": "token"})
-    kept_rows(torch.zeros(1, 1, 512, 8192), *(torch.zeros(1, n, dtype=torch.long) for n in (512, 8192)), several, 516)
+    places = torch.zeros(1, 8192, dtype=torch.long)
+    kept_rows(torch.zeros(1, 1, 512, 8192), places[:, :512], places, several, 516)
     routed()
 
 

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsec.calibrate.comparisons import BITS, TOGETHER
-from sparsec.export.evaluation import against, made_of, points, shares, tables
+from sparsec.export.evaluation import against, made_of, points, shares, tables, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
@@ -135,7 +135,9 @@ def indexers(result: Mapping[str, Any]) -> str:
     )
     made = f"{result['device']}, torch {result['versions']['torch']}; {result['text']}: `{result['command']}`."
     note = f"By the true attention instead of an indexer, the same rule keeps: {perfect}. {made}"
-    return "\n".join([*markdown(head, rows, 2), "", note])
+    asked = [tasks(result)] if result.get("cells") else []
+    needles = [part for table in asked for part in ("", *markdown(table.head, table.rows, table.left), "", table.note)]
+    return "\n".join([*markdown(head, rows, 2), "", note, *needles])
 
 
 def sharing(result: Mapping[str, Any]) -> str:

@@ -93,18 +93,22 @@ def _chunks(rows: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, start + size), rows[start : start + size]
 
 
-def identity(model: Any, tokens: Tensor, k: int) -> str:
-    """sha256 over what :func:`top_k` depends on: the weights, the windows, k."""
-    digest = hashlib.sha256(f"{k}".encode())
+def weights_digest(model: Any) -> str:
+    """sha256 over a model's parameters and their names."""
+    digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    digest.update(tokens.numpy().tobytes())
     return digest.hexdigest()
 
 
+def identity(weights: str, tokens: Tensor, k: int) -> str:
+    """sha256 over what a teacher's answers depend on: the model's :func:`weights_digest`, the windows, and a number."""
+    return hashlib.sha256(f"{weights}/{k}/".encode() + tokens.numpy().tobytes()).hexdigest()
+
+
 def save_kept(file: Path, tensors: dict[str, Tensor], owner: str) -> None:
-    """Keep what a teacher said, whole or not at all; ``owner`` is its :func:`identity`."""
+    """Keep what a teacher said, whole or not at all; ``owner`` is their :func:`identity`."""
     aside = file.with_suffix(".part")
     save_file(tensors, aside, metadata={"owner": owner})
     aside.rename(file)

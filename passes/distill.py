@@ -21,7 +21,7 @@ from sparsec.calibrate.distillation import Lesson, Settings, distill, hold_out, 
 from sparsec.calibrate.long_decode import continued
 from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.splits import Calibration
-from sparsec.calibrate.teacher import TopK, identity, read_kept, save_kept, top_k
+from sparsec.calibrate.teacher import TopK, identity, read_kept, save_kept, top_k, weights_digest
 from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, recomputes, trainable
 from sparsec.errors import PlanError
 from sparsec.events import Event
@@ -193,6 +193,7 @@ class Distill(Pass):
         """Windows of the context, of half of it and so on, as many tokens a step of each, and the teacher's answers."""
         model, made, told = program.model, [], []
         draw = partial(training_windows, calibration, seed=program.seed)
+        weights = weights_digest(model) if program.scratch else ""
         window = program.plan.window
         # Where local heads see nearly all of a window, there is little to learn.
         lengths = [i for i in range(self.lengths) if not i or length >> i >= (2 * window.size if window else 128)]
@@ -209,16 +210,21 @@ class Distill(Pass):
                 natural = (~asked).nonzero()[:, 0]
                 some = natural[: round(self.written * len(natural))]
                 written = len(some)
-                tokens = self._written(program, calibration, tokens, some, rows // 2)
+                tokens = self._written(program, calibration, weights, tokens, some, rows // 2)
             held, _ = draw("search", length=context, count=2 * self.held_windows, rows=rows, questions=0.5)
             with _fused(model):
-                taught, compared = self._taught(program, tokens, micro_batch), hold_out(model, held, rows, rows)
+                taught, compared = (
+                    self._taught(program, weights, tokens, micro_batch),
+                    hold_out(model, held, rows, rows),
+                )
             made.append(Lesson(tokens, taught, compared, rows, batch, micro_batch))
             lesson = {"context": context, "rows": rows, "windows": count}
             told.append(lesson | {"with_questions": int(asked.sum()), "written": written})
         return made, told
 
-    def _written(self, program: Program, calibration: Calibration, tokens: Tensor, some: Tensor, new: int) -> Tensor:
+    def _written(
+        self, program: Program, calibration: Calibration, weights: str, tokens: Tensor, some: Tensor, new: int
+    ) -> Tensor:
         """The windows; the last ``new`` tokens of ``some`` are written by the dense model."""
         if not len(some):
             return tokens
@@ -240,17 +246,17 @@ class Distill(Pass):
             return ranks.same({"text": found})
 
         tokens = tokens.clone()
-        tokens[some, -new:] = self._kept(program, "written", identity(model, tokens[some], new), write)["text"]
+        tokens[some, -new:] = self._kept(program, "written", identity(weights, tokens[some], new), write)["text"]
         return tokens
 
-    def _taught(self, program: Program, tokens: Tensor, batch: int) -> TopK:
+    def _taught(self, program: Program, weights: str, tokens: Tensor, batch: int) -> TopK:
         model = program.model
 
         def ask() -> dict[str, Tensor]:
             found = top_k(model, tokens, self.top_k, batch, precision(model.device), program.listen)
             return {"indices": found.indices, "logp": found.logp}
 
-        owner = identity(model, tokens, self.top_k)
+        owner = identity(weights, tokens, self.top_k)
         return TopK(**self._kept(program, f"teacher.{tokens.shape[1]}", owner, ask))
 
     def _kept(

@@ -31,7 +31,7 @@ from sparsec.calibrate.long_decode import continued
 from sparsec.calibrate.needles import ordinary_words
 from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.splits import Calibration
-from sparsec.calibrate.teacher import identity, read_kept, save_kept, top_k
+from sparsec.calibrate.teacher import identity, read_kept, save_kept, top_k, weights_digest
 from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, trainable
 from sparsec.errors import TrainingError
 from sparsec.events import silent
@@ -203,7 +203,7 @@ def test_a_damaged_training_state_is_refused_with_the_way_out(program: Program, 
 
 def test_a_teacher_of_another_model_is_refused(program: Program, lesson: Lesson, tmp_path: Path) -> None:
     taught = lesson.taught
-    owner = identity(program.model, lesson.tokens, 10)
+    owner = identity(weights_digest(program.model), lesson.tokens, 10)
     save_kept(tmp_path / "teacher.safetensors", {"indices": taught.indices, "logp": taught.logp}, owner)
     kept = read_kept(tmp_path / "teacher.safetensors", owner)
     assert kept is not None
@@ -213,7 +213,7 @@ def test_a_teacher_of_another_model_is_refused(program: Program, lesson: Lesson,
         weight.view(-1)[0] += 1
     try:
         with pytest.raises(TrainingError, match="another model's or other text's: delete"):
-            read_kept(tmp_path / "teacher.safetensors", identity(program.model, lesson.tokens, 10))
+            read_kept(tmp_path / "teacher.safetensors", identity(weights_digest(program.model), lesson.tokens, 10))
     finally:
         with torch.no_grad():
             weight.view(-1)[0] -= 1

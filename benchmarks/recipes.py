@@ -1,0 +1,191 @@
+"""Recipes of distillation side by side on development text: how near each brings the sparse model to the dense one.
+
+    sparsec compile demo --calibration texts/train --device cuda --tier hours --passes rtpurbo -o out/rtpurbo
+    python benchmarks/recipes.py out/rtpurbo --train texts/train --dev texts/dev --device cuda --steps 300 \\
+        --recipe lr=1e-4 --recipe lr=5e-5,lengths=3
+
+A recipe is options of the pass ``distill``. Judged along what the dense model says: on the last rows of text windows,
+on its own answers to needles, on its own greedy continuations. Divergence and other first choices are counted a token,
+which tells recipes apart long before answers found do. Evaluation text is not read. Several processes may add to one
+file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fcntl
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparsec.calibrate.corpus import read_corpus
+from sparsec.calibrate.decode import LOGITS, decode_logits
+from sparsec.calibrate.long_decode import continued
+from sparsec.calibrate.splits import Calibration
+from sparsec.calibrate.tasks import Haystack, prompts
+from sparsec.calibrate.trainable import copied_weights, put_weights
+from sparsec.compiler.commands.options import cache_dir
+from sparsec.compiler.draw import drawing
+from sparsec.compiler.source import load_model, load_tokenizer, open_source
+from sparsec.compiler.versions import versions
+from sparsec.layout import TENSORS, read_plan
+from sparsec.passes.base import Program
+from sparsec.passes.distill import Distill
+from sparsec.plan import Plan
+from sparsec.plugins.device import device_name
+from sparsec.plugins.runtime import applied
+
+RESULT = Path(__file__).resolve().parent / "results" / "recipes-demo.json"
+TASKS = ("kv", "multikey", "passkey")
+ANSWER, TEXT = 12, 256  # tokens that dense writes after a question, and after natural text
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Windows whose rows from ``prompt`` on are compared."""
+
+    name: str
+    tokens: Tensor  # int64 [windows, length]
+    prompt: int
+
+
+def main() -> None:
+    """Train and judge each recipe."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("artifact", type=Path, help="whose plan is trained, of untrained weights")
+    parser.add_argument("--source", default="demo")
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--dev", required=True)
+    parser.add_argument("--recipe", action="append", default=[], help="name=value,... of distill's options")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lengths", default="2048,4096,8000")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=50, help="a task and length")
+    parser.add_argument("--texts", type=int, default=32, help="continued, a length")
+    parser.add_argument("--bounds", action="store_true", help="also no training, and the dense model in float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16", help="that is judged in")
+    parser.add_argument("-o", "--output", type=Path, default=RESULT)
+    asked = parser.parse_args()
+    source = open_source(asked.source, cache_dir=cache_dir())
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, device=asked.device, dtype="float32")
+    plan, tensors = read_plan(asked.artifact), load_file(asked.artifact / TENSORS)
+    train = Calibration(read_corpus(asked.train), tokenizer)
+    dev = Calibration(read_corpus(asked.dev), tokenizer, shares=(0.05, 0.05, 0.9))  # all but what has to be left
+    dense = copy.deepcopy(model).to(getattr(torch, asked.dtype))
+    about = {
+        "command": f"python benchmarks/recipes.py {shlex.join(sys.argv[1:])}",
+        "device": device_name(model.device),
+        "dtype": asked.dtype,
+        "versions": versions(),
+    }
+    with drawing() as listen, TemporaryDirectory() as scratch:
+        exams = list(_exams(asked, dense, tokenizer, dev))
+        if asked.bounds:
+            _add(asked.output, about | {"recipe": "dense float32", **judged(exams, dense, model)})
+        for recipe in [*(["untrained"] if asked.bounds else []), *asked.recipe]:
+            before, trained = copied_weights(model), {}
+            if recipe != "untrained":
+                pass_ = Distill.model_validate({"weights": "all", "steps": asked.steps} | _options(recipe))
+                trained = _train(pass_, Program(model, plan, tensors, 0, listen), train, Path(scratch))
+            with _sparse(model, dense.dtype, plan, tensors) as student:
+                found = judged(exams, dense, student)
+            put_weights(model, before)
+            _add(asked.output, about | {"recipe": recipe, **trained, **found})
+            print(f"{recipe}: {found['score']}", file=sys.stderr, flush=True)
+
+
+def _exams(asked: argparse.Namespace, dense: Any, tokenizer: Any, dev: Calibration) -> Iterator[Exam]:
+    """Text, questions with dense's answers, and text that dense went on with."""
+    haystack = Haystack(dev)
+    for length in map(int, asked.lengths.split(",")):
+        count = min(asked.windows, dev.available("heldout", length))
+        yield Exam(f"text {length}", dev.windows("heldout", length, count), length - min(512, length // 4))
+        for task in TASKS:
+            made = prompts(task, dev, length=length, count=asked.prompts, seed=0, haystack=haystack)
+            starts = torch.stack([prompt.tokens for prompt in made])
+            answers = continued(dense, tokenizer, starts, ANSWER, batch_size=50)
+            yield Exam(f"{task} {length}", torch.cat([starts, answers], 1), length)
+        if length <= 4096:
+            starts = haystack.texts(length, asked.texts, 0)[:, : length - TEXT]
+            text = continued(dense, tokenizer, starts, TEXT, batch_size=64)
+            yield Exam(f"greedy {length}", torch.cat([starts, text], 1), length - TEXT)
+
+
+@torch.no_grad()
+def judged(exams: list[Exam], dense: Any, student: Any) -> dict[str, Any]:
+    """By exam: KL a row in nats, share of rows with another first choice, share of windows with none."""
+    measured = {}
+    for exam in exams:
+        rows = exam.tokens.shape[1] - exam.prompt
+        divergence, other = [], []
+        for part in torch.split(exam.tokens, max(1, min(8, LOGITS // (rows * int(dense.config.vocab_size))))):
+            true, found = (
+                decode_logits(model, part, exam.prompt)[0][:, :-1].float().log_softmax(-1) for model in (dense, student)
+            )
+            divergence.append((true.exp() * (true - found)).sum(-1).cpu())
+            other.append((true.argmax(-1) != found.argmax(-1)).cpu())
+        kl, flips = torch.cat(divergence), torch.cat(other)
+        measured[exam.name] = {
+            "kl": round(float(kl.mean()), 6),
+            "other": round(float(flips.double().mean()), 5),
+            "same": round(float((~flips.any(1)).double().mean()), 3),
+        }
+    score = sum(math.log(max(one["kl"], 1e-9)) for one in measured.values()) / len(measured)
+    return {"score": round(math.exp(score), 6), "exams": measured}
+
+
+def _train(pass_: Distill, program: Program, text: Calibration, scratch: Path) -> dict[str, Any]:
+    """Leave the trained weights in the model. What a teacher said is asked once for all recipes with its windows."""
+    windows = (pass_.lengths, pass_.steps * pass_.batch, pass_.written, pass_.questions, pass_.rows, pass_.context)
+    folder = scratch / "-".join(map(str, windows))
+    folder.mkdir(exist_ok=True)
+    (folder / "state.safetensors").unlink(missing_ok=True)  # a training run's own
+    kept = Program(program.model, program.plan, program.tensors, program.seed, program.listen, folder)
+    began = time.monotonic()
+    result = pass_.run(kept, text)
+    put_weights(program.model, dict(result.weights))
+    told = {name: result.measured[name] for name in ("checks", "lessons", "kl_before", "kl_best", "best_step")}
+    return {"steps": pass_.steps, "seconds": round(time.monotonic() - began, 1), **told}
+
+
+@contextmanager
+def _sparse(model: Any, dtype: torch.dtype, plan: Plan, tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    student = copy.deepcopy(model).to(dtype)
+    with applied(student, plan, tensors):
+        yield student
+
+
+def _options(recipe: str) -> dict[str, Any]:
+    pairs = (part.split("=", 1) for part in recipe.split(","))
+    return {name: json.loads(value) for name, value in pairs}
+
+
+def _add(file: Path, row: dict[str, Any]) -> None:
+    """Another row; the one of the same recipe and steps goes."""
+    with open(file, "a+", encoding="utf-8") as shared:
+        fcntl.flock(shared, fcntl.LOCK_EX)
+        shared.seek(0)
+        text = shared.read()
+        rows = json.loads(text)["rows"] if text else []
+        rows = [one for one in rows if (one["recipe"], one.get("steps")) != (row["recipe"], row.get("steps"))]
+        shared.truncate(0)
+        shared.write(json.dumps({"rows": [*rows, row]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The README's table of passes and what belongs to it, from compiles to JSON: python benchmarks/table.py [--gpus 0,1]
+
+Runs the commands below on all GPUs that are named, each command's lengths and systems as parts of their own; parts are
+kept, so the whole commands at the end only put them together. What is timed has its GPU to itself. A run that was
+stopped goes on; an artifact that is there is not compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+RESULTS = "benchmarks/results"
+COMPILE = "compile demo --calibration texts/train --device cuda --tier hours"
+ON = "--text texts/eval --device cuda --dtype bfloat16 --kernels auto"
+PASSES = f"--tasks kv,multikey,passkey --prompts 100 --windows 16 --batch-size 50 {ON}"
+MULTI = f"--tasks multivalue,multiquery --prompts 100 --windows 0 --batch-size 50 {ON}"
+DECODE = f"--windows 0 --prompts 0 --decode-tokens 1024 --decode-prompts 64 --batch-size 64 {ON}"
+ALL, SHORT = ("2048", "4096", "8000"), ("2048", "4096")
+PAIR = "--systems dense,artifact"
+TIMED = "bench out/distilled --contexts 2048,4096,8000 --text texts/eval --device cuda --dtype bfloat16"
+STAGES = f"{RESULTS}/gates-demo.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call of sparsec, run when those before it are done. ``alone``: nothing else on its GPU."""
+
+    name: str
+    call: str
+    after: tuple[str, ...] = ()
+    alone: bool = False
+    makes: Path | None = None  # an artifact
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to do."""
+        return self.makes is not None and self.makes.exists()
+
+
+def jobs(scratch: Path) -> list[Job]:
+    """Everything, in the order in which it starts where there is one GPU."""
+
+    def compiled(name: str, passes: str, *after: str) -> Job:
+        out = Path("out") / name
+        return Job(name, f"{COMPILE} --passes {passes} -o {out} --json", after, alone=True, makes=out)
+
+    def part(name: str, of: str, how: str, length: str, *after: str) -> Job:
+        return Job(name, f"eval {of} --lengths {length} {how} -o {scratch / name}.json", after)
+
+    found = [
+        compiled("rtpurbo", "rtpurbo"),
+        compiled("razor", "razor"),
+        compiled("distilled", "rtpurbo,distill", "rtpurbo"),
+    ]
+    for n in ALL:
+        found.append(part(f"passes-{n}", "out/rtpurbo out/razor", PASSES, n, "rtpurbo", "razor"))
+        found.append(part(f"trained-{n}", f"out/distilled {PAIR}", PASSES, n, "distilled", f"passes-{n}"))
+        found.append(part(f"multi-{n}", f"out/distilled {PAIR}", MULTI, n, "distilled"))
+    found += [part(f"decode-{n}", f"out/distilled {PAIR}", DECODE, n, "distilled") for n in SHORT]
+    parts = tuple(job.name for job in found)
+    whole = (
+        ("distill-demo", "out/rtpurbo out/razor out/distilled", PASSES, ALL),
+        ("multi-demo", f"out/distilled {PAIR}", MULTI, ALL),
+        ("long-decode-demo", f"out/distilled {PAIR}", DECODE, SHORT),
+    )
+    for name, of, how, lengths in whole:
+        call = f"eval {of} --lengths {','.join(lengths)} {how} -o {RESULTS}/{name}.json"
+        found.append(Job(name, call, parts))
+    return [*found, Job("bench-demo", f"{TIMED} -o {RESULTS}/bench-demo.json", parts, alone=True)]
+
+
+@dataclass
+class Runs:
+    """What runs where."""
+
+    gpus: list[str]
+    each: int  # jobs a GPU
+    sparsec: str  # the command
+    running: dict[str, tuple[Job, str, subprocess.Popen[bytes]]] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+
+    def place(self, job: Job) -> str | None:
+        """A GPU that has room, the emptiest."""
+        on = {gpu: [other for other, at, _ in self.running.values() if at == gpu] for gpu in self.gpus}
+        free = [
+            gpu
+            for gpu in self.gpus
+            if not (job.alone and on[gpu]) and len(on[gpu]) < self.each and not any(other.alone for other in on[gpu])
+        ]
+        return min(free, key=lambda gpu: len(on[gpu]), default=None)
+
+    def start(self, job: Job, gpu: str, log: Path) -> None:
+        """Run it in the background."""
+        print(f"{time.strftime('%X')} GPU {gpu}: sparsec {job.call}", flush=True)
+        with open(log, "wb") as said, open(log.with_suffix(".out"), "wb") as out:
+            started = subprocess.Popen(
+                [self.sparsec, *job.call.split()],
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+                stdout=out,
+                stderr=said,
+            )
+        self.running[job.name] = (job, gpu, started)
+
+    def collect(self, logs: Path) -> None:
+        """Those that ended; the first failure ends all."""
+        for name, (_, _, process) in list(self.running.items()):
+            if process.poll() is None:
+                continue
+            del self.running[name]
+            if process.returncode:
+                for _, _, other in self.running.values():
+                    other.terminate()
+                sys.exit(f"{name} failed:\n{(logs / name).read_text(errors='replace')[-2000:]}")
+            self.done.add(name)
+
+
+def write_stages(scratch: Path) -> None:
+    """What both stages of training measured and how long they took, where this run compiled them."""
+    told = [scratch / f"{name}.out" for name in ("rtpurbo", "distilled")]
+    if not all(file.exists() for file in told):
+        print(f"{STAGES} stays as it is: the artifacts were there already")
+        return
+    seconds = [json.loads(file.read_text())["seconds"] for file in told]
+    artifact = Path("out/distilled")
+    measured = {
+        one["name"]: one["measured"] for one in json.loads((artifact / "measurements.json").read_text())["passes"]
+    }
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    timed = json.loads(Path(f"{RESULTS}/bench-demo.json").read_text())
+    first = {name: measured["rtpurbo"][name] for name in ("kept_heads", "gates", "causal_check", "rank_stability")}
+    written = {
+        "command": f"sparsec {COMPILE} --passes rtpurbo,distill -o out/distilled",
+        "note": "stage 1 and 2 one after the other, the first one stored by a compile of rtpurbo alone",
+        "device": timed["device"],
+        "versions": manifest["versions"],
+        "seed": manifest["recipe"]["seed"],
+        "seconds_by_stage": {"rtpurbo": round(seconds[0]["rtpurbo"]), "distill": round(seconds[1]["distill"])},
+        **first,
+        "distill": {name: value for name, value in measured["distill"].items() if name != "losses"},
+    }
+    Path(STAGES).write_text(json.dumps(written, indent=1) + "\n")
+
+
+def main() -> None:
+    """Start what can start until all is done."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gpus", default="0", help="numbers of those to use")
+    parser.add_argument("--each", type=int, default=3, help="evaluations on a GPU at once")
+    asked = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        beside = shutil.which("sparsec", path=Path(sys.executable).parent) or shutil.which("sparsec")
+        if beside is None:
+            sys.exit("sparsec is not installed: pip install '.[demo,train]'")
+        runs, waiting = Runs(asked.gpus.split(","), asked.each, beside), jobs(scratch)
+        runs.done = {job.name for job in waiting if job.done}
+        waiting = [job for job in waiting if not job.done]
+        while waiting or runs.running:
+            for job in list(waiting):
+                if runs.done.issuperset(job.after) and (gpu := runs.place(job)) is not None:
+                    waiting.remove(job)
+                    runs.start(job, gpu, scratch / job.name)
+            time.sleep(1)
+            runs.collect(scratch)
+        write_stages(scratch)
+
+
+if __name__ == "__main__":
+    main()
