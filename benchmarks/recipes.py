@@ -36,6 +36,7 @@ from sparsec.calibrate.decode import LOGITS, decode_logits
 from sparsec.calibrate.long_decode import continued
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.tasks import Haystack, prompts
+from sparsec.calibrate.teacher import divergence
 from sparsec.calibrate.trainable import copied_weights, put_weights
 from sparsec.compiler.commands.options import cache_dir
 from sparsec.compiler.draw import drawing
@@ -132,14 +133,12 @@ def judged(exams: list[Exam], dense: Any, student: Any) -> dict[str, Any]:
     measured = {}
     for exam in exams:
         rows = exam.tokens.shape[1] - exam.prompt
-        divergence, other = [], []
+        kls, other = [], []
         for part in torch.split(exam.tokens, max(1, min(8, LOGITS // (rows * int(dense.config.vocab_size))))):
-            true, found = (
-                decode_logits(model, part, exam.prompt)[0][:, :-1].float().log_softmax(-1) for model in (dense, student)
-            )
-            divergence.append((true.exp() * (true - found)).sum(-1).cpu())
+            true, found = (decode_logits(model, part, exam.prompt)[0][:, :-1].float() for model in (dense, student))
+            kls.append(divergence(true, found).cpu())
             other.append((true.argmax(-1) != found.argmax(-1)).cpu())
-        kl, flips = torch.cat(divergence), torch.cat(other)
+        kl, flips = torch.cat(kls), torch.cat(other)
         measured[exam.name] = {
             "kl": round(float(kl.mean()), 6),
             "other": round(float(flips.double().mean()), 5),

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsec.calibrate import ranks
-from sparsec.calibrate.teacher import FUSED_ROWS, ROWS, Head, TopK, logits_of
+from sparsec.calibrate.teacher import FUSED_ROWS, ROWS, Head, TopK, divergence, logits_of
 from sparsec.errors import TrainingError
 from sparsec.events import Event, Listener
 from sparsec.plugins.fused import compiling, fused
@@ -206,9 +206,7 @@ def full_kl(model: Any, held: HeldOut, rows: int) -> float:
             hidden = hidden[held.rows.to(hidden.device)]
             for start in range(0, len(hidden), ROWS):
                 part = slice(start, start + ROWS)
-                logp = head(taught[part], held.head).log_softmax(-1)
-                logq = head(hidden[part]).log_softmax(-1)
-                total += float((logp.exp() * (logp - logq)).sum())
+                total += float(divergence(head(taught[part], held.head), head(hidden[part])).sum())
         sums.append(total)
     return sum(ranks.in_order(sums)) / max(1, len(pairs) * len(held.rows))
 

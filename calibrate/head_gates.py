@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsec.calibrate.distillation import precision
-from sparsec.calibrate.teacher import ROWS, Head
+from sparsec.calibrate.teacher import ROWS, Head, divergence
 from sparsec.calibrate.trainable import recomputing
 from sparsec.errors import TrainingError
 from sparsec.events import Event, Listener
@@ -187,8 +187,7 @@ def _hidden(model: Any, window: Tensor, rows: Tensor, mixing: _Mixing) -> Tensor
 
 
 def _kl(head: Head, hidden: Tensor, true: Tensor) -> Tensor:
-    logp, logq = head(true).log_softmax(-1), head(hidden).log_softmax(-1)
-    return (logp.exp() * (logp - logq)).sum()
+    return divergence(head(true), head(hidden)).sum()
 
 
 @contextmanager

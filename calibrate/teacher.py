@@ -52,6 +52,12 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: floa
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
+def divergence(true: Tensor, found: Tensor) -> Tensor:
+    """Forward KL of each row over the whole vocabulary, the first one the teacher: logits [rows, n] -> nats [rows]."""
+    logp, logq = true.log_softmax(-1), found.log_softmax(-1)
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
 @torch.no_grad()
 def top_k(model: Any, tokens: Tensor, k: int, batch: int, precision: Callable[[], Any], listen: Listener) -> TopK:
     """The dense model's k most likely next tokens at every position.

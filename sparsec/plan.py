@@ -319,7 +319,8 @@ class Plan(Strict):
             PlanError: the data is no plan; the message names the first field that is wrong.
         """
         if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
-            raise PlanError(f"the plan has format {data['format']!r}, this sparsec reads {FORMAT}: update sparsec")
+            found = repr(data["format"])[:40]
+            raise PlanError(f"the plan has format {found}, this sparsec reads {FORMAT}: update sparsec")
         _check_bounds(data)
         try:
             return cls.model_validate(data)

@@ -340,18 +340,18 @@ def test_groups_choose_the_blocks_that_the_reference_chooses(
 
 @pytest.mark.parametrize(
     ("keys", "top_p", "least", "recent"),
-    [(300, 0.9, 16, 8), (1000, 0.5, 64, 0), (64, 0.999, 100, 8), (130, 0.95, 0, 8)],
+    [(200, 0.9, 16, 8), (150, 0.5, 64, 0), (64, 0.999, 100, 8), (130, 0.95, 0, 8)],
 )
 def test_rows_keep_what_the_reference_keeps(keys: int, top_p: float, least: int, recent: int) -> None:
     torch.manual_seed(keys)
     selector = Selector(
         rank=4, rope="post", granularity="token", block=64, top_p=top_p, sinks=4, recent=recent, min_keep=least
     )
-    scores = 3 * torch.randn(2, 3, 7, keys)
+    scores = 3 * torch.randn(2, 2, 3, keys)  # few: the interpreter adds up in Python
     scores[..., ::7] = scores[..., :1]  # ties
     k_pos = torch.arange(keys).repeat(2, 1)
     k_pos[1] = (k_pos[1] - 5).clamp_min(-1)  # padding in front
-    q_pos = k_pos[:, -7:].clone()
+    q_pos = k_pos[:, -3:].clone()
     q_pos[0, 0] = -1
     true = select(scores, q_pos, k_pos, selector, 20, union=False)
     found = kept_rows(*(x.to(DEVICE) for x in (scores, q_pos, k_pos)), selector, 20)
