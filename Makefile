@@ -15,6 +15,7 @@ PINS := $(VENV)/constraints.txt
 SOURCES := pyproject.toml $(shell find sparsec plugins calibrate passes export compiler -name '*.py')
 DEMO := out/demo
 GPUS ?= 0
+EACH ?= 1
 
 # The demo model is unpacked here, and finished stages of a compile are kept here.
 export SPARSEC_CACHE ?= $(CURDIR)/.cache
@@ -54,9 +55,9 @@ docs: $(VENV)/.dev
 texts: | $(VENV)/.torch
 	rm -rf texts.part && $(BIN)/python benchmarks/texts.py texts.part && mv texts.part texts
 
-# The passes side by side, with training, on a GPU; on several: make table GPUS=0,1
+# The passes side by side, with training, on a GPU; on several of 80 GB: make table GPUS=0,1 EACH=3
 table: $(VENV)/.dev texts
-	$(BIN)/python benchmarks/table.py --gpus $(GPUS)
+	$(BIN)/python benchmarks/table.py --gpus $(GPUS) --each $(EACH)
 	$(BIN)/python benchmarks/tables.py
 
 # May take an hour on two cores; on a GPU: make bench ON="--device cuda --dtype bfloat16 --batch-size 50"

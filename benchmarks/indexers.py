@@ -107,7 +107,8 @@ def _running(model: Any, plan: Plan | None, tensors: Mapping[str, Tensor]) -> It
 
 def _needles(asked: argparse.Namespace, model: Any, systems: Sequence[System], listen: Listener) -> dict[str, Any]:
     """What each system finds; all have the same heads, and the same questions."""
-    model.to(getattr(torch, asked.dtype))
+    for weight in model.parameters():  # as a checkpoint is opened in it: the rotary embedding stays float32
+        weight.data = weight.data.to(getattr(torch, asked.dtype))
     suite = Suite(
         lengths=tuple(map(int, asked.lengths.split(","))),
         tasks=tuple(asked.tasks.split(",")),

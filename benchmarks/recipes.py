@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fcntl
+import hashlib
 import json
 import math
 import shlex
@@ -87,7 +88,7 @@ def main() -> None:
     plan, tensors = read_plan(asked.artifact), load_file(asked.artifact / TENSORS)
     train = Calibration(read_corpus(asked.train), tokenizer)
     dev = Calibration(read_corpus(asked.dev), tokenizer, shares=(0.05, 0.05, 0.9))  # all but what has to be left
-    dense = copy.deepcopy(model).to(getattr(torch, asked.dtype))
+    dense = in_dtype(model, getattr(torch, asked.dtype))
     about = {
         "command": f"python benchmarks/recipes.py {shlex.join(sys.argv[1:])}",
         "device": device_name(model.device),
@@ -150,8 +151,8 @@ def judged(exams: list[Exam], dense: Any, student: Any) -> dict[str, Any]:
 
 def _train(pass_: Distill, program: Program, text: Calibration, scratch: Path) -> dict[str, Any]:
     """Leave the trained weights in the model. What a teacher said is asked once for all recipes with its windows."""
-    windows = (pass_.lengths, pass_.steps * pass_.batch, pass_.written, pass_.questions, pass_.rows, pass_.context)
-    folder = scratch / "-".join(map(str, windows))
+    same = pass_.model_dump_json(exclude={"lr", "warmup", "labels", "rest", "checks", "weights", "lora_rank"})
+    folder = scratch / hashlib.sha256(same.encode()).hexdigest()
     folder.mkdir(exist_ok=True)
     (folder / "state.safetensors").unlink(missing_ok=True)  # a training run's own
     kept = Program(program.model, program.plan, program.tensors, program.seed, program.listen, folder)
@@ -162,9 +163,17 @@ def _train(pass_: Distill, program: Program, text: Calibration, scratch: Path) -
     return {"steps": pass_.steps, "seconds": round(time.monotonic() - began, 1), **told}
 
 
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """A copy with weights of that dtype; the rotary embedding's table stays float32, as in a checkpoint opened so."""
+    model = copy.deepcopy(model)
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
+
+
 @contextmanager
 def _sparse(model: Any, dtype: torch.dtype, plan: Plan, tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    student = copy.deepcopy(model).to(dtype)
+    student = in_dtype(model, dtype)
     with applied(student, plan, tensors):
         yield student
 

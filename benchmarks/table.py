@@ -129,22 +129,26 @@ def write_stages(scratch: Path) -> None:
     if not all(file.exists() for file in told):
         print(f"{STAGES} stays as it is: the artifacts were there already")
         return
-    seconds = [json.loads(file.read_text())["seconds"] for file in told]
+    first, second = (json.loads(file.read_text())["seconds"] for file in told)
+    stages = {"rtpurbo": round(first["rtpurbo"]), "distill": round(second["distill"])}
+    if not all(stages.values()):
+        print(f"{STAGES} stays as it is: a stage was stored already")
+        return
     artifact = Path("out/distilled")
     measured = {
         one["name"]: one["measured"] for one in json.loads((artifact / "measurements.json").read_text())["passes"]
     }
     manifest = json.loads((artifact / "manifest.json").read_text())
     timed = json.loads(Path(f"{RESULTS}/bench-demo.json").read_text())
-    first = {name: measured["rtpurbo"][name] for name in ("kept_heads", "gates", "causal_check", "rank_stability")}
+    found = {name: measured["rtpurbo"][name] for name in ("kept_heads", "gates", "causal_check", "rank_stability")}
     written = {
         "command": f"sparsec {COMPILE} --passes rtpurbo,distill -o out/distilled",
         "note": "stage 1 and 2 one after the other, the first one stored by a compile of rtpurbo alone",
         "device": timed["device"],
         "versions": manifest["versions"],
         "seed": manifest["recipe"]["seed"],
-        "seconds_by_stage": {"rtpurbo": round(seconds[0]["rtpurbo"]), "distill": round(seconds[1]["distill"])},
-        **first,
+        "seconds_by_stage": stages,
+        **found,
         "distill": {name: value for name, value in measured["distill"].items() if name != "losses"},
     }
     Path(STAGES).write_text(json.dumps(written, indent=1) + "\n")
@@ -154,7 +158,7 @@ def main() -> None:
     """Start what can start until all is done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpus", default="0", help="numbers of those to use")
-    parser.add_argument("--each", type=int, default=3, help="evaluations on a GPU at once")
+    parser.add_argument("--each", type=int, default=1, help="evaluations on a GPU at once, three in 80 GB")
     asked = parser.parse_args()
     with TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -163,6 +167,8 @@ def main() -> None:
             sys.exit("sparsec is not installed: pip install '.[demo,train]'")
         runs, waiting = Runs(asked.gpus.split(","), asked.each, beside), jobs(scratch)
         runs.done = {job.name for job in waiting if job.done}
+        for name in sorted(runs.done):
+            print(f"out/{name} is there: not compiled again (delete it where code or text have changed)")
         waiting = [job for job in waiting if not job.done]
         while waiting or runs.running:
             for job in list(waiting):

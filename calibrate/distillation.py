@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsec.calibrate import ranks
-from sparsec.calibrate.teacher import FUSED_ROWS, ROWS, Head, TopK, divergence, logits_of
+from sparsec.calibrate.teacher import ROWS, Head, TopK, divergence, fused_rows, logits_of
 from sparsec.errors import TrainingError
 from sparsec.events import Event, Listener
 from sparsec.plugins.fused import compiling, fused
@@ -111,9 +111,10 @@ def student_loss(
     """
     hidden = student_hidden(model, tokens, rows)
     weights = row_weights(tokens.shape[1], rows, labels).to(hidden.device).repeat(len(tokens)) / len(tokens)
-    hidden, indices, logp = hidden.flatten(0, 1), indices.flatten(0, 1), logp.flatten(0, 1)
+    hidden = hidden.flatten(0, 1)
+    indices, logp = (x.flatten(0, 1).to(hidden.device) for x in (indices, logp))
     head = Head(model)
-    part_loss, rows_held = (fused(_part_loss), FUSED_ROWS) if hidden.is_cuda else (_part_loss, ROWS)
+    part_loss, rows_held = (fused(_part_loss), fused_rows(head)) if hidden.is_cuda else (_part_loss, ROWS)
     total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, len(hidden), rows_held):
         part = slice(start, start + rows_held)
@@ -180,8 +181,11 @@ def kl_top_k(logits: Tensor, indices: Tensor, logp: Tensor, rest: bool) -> Tenso
 
 
 @torch.no_grad()
-def hold_out(model: Any, tokens: Tensor, rows: int, compared: int) -> HeldOut:
-    """What the dense ``model`` (no plan installed) says on all decode rows and on ``compared`` prompt rows."""
+def hold_out(model: Any, tokens: Tensor, rows: int, compared: int, head: Tensor | None = None) -> HeldOut:
+    """What the dense ``model`` (no plan installed) says on all decode rows and on ``compared`` prompt rows.
+
+    head: the copy of its output weight that another one has; None makes one.
+    """
     length = tokens.shape[1]
     earlier = torch.linspace(0, length - rows - 1, min(compared, length - rows)).round().long()
     at = torch.cat((earlier, torch.arange(length - rows, length)))
@@ -191,7 +195,8 @@ def hold_out(model: Any, tokens: Tensor, rows: int, compared: int) -> HeldOut:
         with context():
             seen = model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False).last_hidden_state
         hidden.append(seen[0, at.to(seen.device)])
-    return HeldOut(tokens, at, torch.stack(hidden), Head(model).module.weight.detach().clone())
+    head = Head(model).module.weight.detach().clone() if head is None else head
+    return HeldOut(tokens, at, torch.stack(hidden), head)
 
 
 @torch.no_grad()
@@ -301,7 +306,7 @@ class _Run:
                     self.model, *(x.to(device) for x in inputs), rows=lesson.rows, rest=s.rest, labels=s.labels
                 ) * (len(part) / len(chosen))
             loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+            total += loss.detach().to(device)
         self._add_up(total)
         norm = float(nn.utils.clip_grad_norm_(self.trained.values(), s.clip))
         self.outcome.losses.append(float(total))
@@ -381,8 +386,8 @@ class _Run:
                 self.outcome.best[name] = tensors[f"best.{name}"].to(device)
                 if f"exp_avg.{name}" in tensors:
                     self.optimizer.state[weight] = {
-                        "step": tensors[f"step.{name}"].to(device if self.fused else "cpu"),
-                        **{key: tensors[f"{key}.{name}"].to(device) for key in ("exp_avg", "exp_avg_sq")},
+                        "step": tensors[f"step.{name}"].to(weight.device if self.fused else "cpu"),
+                        **{key: tensors[f"{key}.{name}"].to(weight.device) for key in ("exp_avg", "exp_avg_sq")},
                     }
         self.step = self.outcome.resumed_at = history["step"]
         self.outcome.best_step = history["best_step"]

@@ -53,7 +53,7 @@ class _Mixing:
 
     plan: Plan  # every head local
     values: Tensor | None  # [layers, units]; None: the dense model
-    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # that layers share
+    masks: dict[Any, Tensor] = field(default_factory=dict)  # that layers share
 
 
 def gated_attention(

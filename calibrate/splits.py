@@ -172,15 +172,16 @@ class Calibration:
         """Tokens of each; several at once, since a tokenizer has a thread a text."""
         found: list[torch.Tensor] = []
         batch: list[str] = []
-        waiting = list(documents)
+        waiting, characters = list(documents), 0
         for number, document in enumerate(waiting):
             batch.append(self._written(document))
-            if number + 1 == len(waiting) or sum(map(len, batch)) >= BATCH:
+            characters += len(batch[-1])
+            if number + 1 == len(waiting) or characters >= BATCH:
                 # verbose=False: documents longer than the model's context are meant to be, and windows never are.
                 for ids in self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
                     begins = self._bos is not None and ids[:1] == [self._bos]  # the template's; windows bring their own
                     found.append(torch.tensor(ids[begins:], dtype=torch.int32))
-                batch = []
+                batch, characters = [], 0
         return found
 
     def _written(self, document: Document) -> str:

@@ -23,7 +23,7 @@ from sparsec.events import Listener, tracked
 from sparsec.plugins.fused import fused
 
 ROWS = 2048  # rows whose logits over the whole vocabulary are held at once
-FUSED_ROWS = 8192  # where few copies of them are made
+FUSED = 1 << 29  # logits that are held at once where few copies of them are made
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: floa
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
+def fused_rows(head: Head) -> int:
+    """Rows whose logits are held at once by a fused function: 8192, or fewer with a large vocabulary."""
+    return min(8192, max(1, FUSED // len(head.module.weight)))
+
+
 def divergence(true: Tensor, found: Tensor) -> Tensor:
     """Forward KL of each row over the whole vocabulary, the first one the teacher: logits [rows, n] -> nats [rows]."""
     logp, logq = true.log_softmax(-1), found.log_softmax(-1)
@@ -77,7 +82,7 @@ def top_k(model: Any, tokens: Tensor, k: int, batch: int, precision: Callable[[]
         logp = torch.empty(part.numel(), k, dtype=torch.float16)
         with precision():
             hidden = model.get_decoder()(input_ids=part.to(model.device), use_cache=False).last_hidden_state
-            best, rows_held = (fused(_best), FUSED_ROWS) if hidden.is_cuda else (_best, ROWS)
+            best, rows_held = (fused(_best), fused_rows(head)) if hidden.is_cuda else (_best, ROWS)
             for at, rows in _chunks(hidden.flatten(0, 1), rows_held):
                 indices[at], logp[at] = (
                     x.cpu() for x in best(rows, head.module.weight, head.module.bias, head.softcap, k)

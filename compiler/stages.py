@@ -82,7 +82,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 def code_digest(*owners: object) -> str:
     """sha256 over the sources that decide results: passes, calibration, runtime, and what defines ``owners``."""
     root = {Path(module.__file__ or "").parent for module in _result_makers()}
-    files = {file for folder in root for file in folder.glob("*.py")}
+    files = {file for folder in root for file in folder.rglob("*.py")}
     files |= {Path(inspect.getfile(type(owner))) for owner in owners}
     digest = hashlib.sha256(sparsec.__version__.encode())
     for file in sorted(files, key=lambda file: (file.parent.name, file.name)):

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.teacher import TopK, identity, read_kept, save_kept, top_k, weights_digest
 from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, recomputes, trainable
-from sparsec.errors import PlanError
+from sparsec.errors import PlanError, TrainingError
 from sparsec.events import Event
 from sparsec.passes.base import Cost, Needs, Pass, PassResult, Program, Tier
 from sparsec.plan import Plan
@@ -31,7 +32,8 @@ from sparsec.plugins.fused import fused_layers
 from sparsec.plugins.runtime import applied
 
 LONGEST = 16384  # tokens a window, unless asked for: activations grow with it
-WRITING = 16 << 30  # bytes of the dense model's cache where it writes
+WRITING = 16 << 30  # bytes of the dense model's cache where it writes, at most
+SHORTEST = 256  # tokens of the shortest of several lengths
 LEAST_WINDOWS = 4  # of the train text, that a length is taken for all of them
 
 
@@ -110,6 +112,8 @@ class Distill(Pass):
     def _check(self) -> Distill:
         if self.micro_batch is not None and self.micro_batch > self.batch:
             raise ValueError(f"micro_batch {self.micro_batch} is more than batch {self.batch}: lower it")
+        if self.lengths > self.steps:
+            raise ValueError(f"{self.lengths} lengths take turns in {self.steps} steps: lower lengths or raise steps")
         return self
 
     @property
@@ -129,7 +133,12 @@ class Distill(Pass):
                 "before it"
             )
         length = self._context(plan, calibration, int(model.config.max_position_embeddings))
-        lessons, told = self._lessons(program, calibration, length)
+        try:
+            lessons, told = self._lessons(program, calibration, length)
+        except torch.OutOfMemoryError:
+            raise TrainingError(
+                "asking the dense model ran out of memory: lower distill.micro_batch or distill.context"
+            ) from None
         before = copied_weights(model)
         settings = Settings(
             steps=self.steps,
@@ -171,7 +180,9 @@ class Distill(Pass):
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """A step is a forward and a backward, worth three forwards; the teacher reads every window once."""
         length = self.wanted_context(max_positions)
-        forwards = 3 * self.steps * self.batch + self._windows + 2 * self.held_windows * (self.checks + 2)
+        forwards = (
+            3 * self.steps * self.batch + self._windows + 2 * self.lengths * self.held_windows * (self.checks + 2)
+        )
         copies = 4 * (self.weights == "all")  # gradients, two moments, the best weights so far
         return Cost(tokens=forwards * length, resident=self._windows * length * self.top_k * 6, copies=copies)
 
@@ -195,8 +206,10 @@ class Distill(Pass):
         draw = partial(training_windows, calibration, seed=program.seed)
         weights = weights_digest(model) if program.scratch else ""
         window = program.plan.window
-        # Where local heads see nearly all of a window, there is little to learn.
-        lengths = [i for i in range(self.lengths) if not i or length >> i >= (2 * window.size if window else 128)]
+        # Where local heads see nearly all of a window there is little to learn, and few rows hold no question.
+        least = max(2 * window.size if window else 0, SHORTEST)
+        lengths = [i for i in range(self.lengths) if not i or length >> i >= least]
+        head = None
         for number in lengths:
             context = length >> number
             rows, batch = min(self.rows, context // 4), self.batch << number
@@ -213,10 +226,9 @@ class Distill(Pass):
                 tokens = self._written(program, calibration, weights, tokens, some, rows // 2)
             held, _ = draw("search", length=context, count=2 * self.held_windows, rows=rows, questions=0.5)
             with _fused(model):
-                taught, compared = (
-                    self._taught(program, weights, tokens, micro_batch),
-                    hold_out(model, held, rows, rows),
-                )
+                taught = self._taught(program, weights, tokens, micro_batch)
+                compared = hold_out(model, held, rows, rows, head)
+            head = compared.head
             made.append(Lesson(tokens, taught, compared, rows, batch, micro_batch))
             lesson = {"context": context, "rows": rows, "windows": count}
             told.append(lesson | {"with_questions": int(asked.sum()), "written": written})
@@ -231,6 +243,10 @@ class Distill(Pass):
         model, shape = program.model, program.plan.model
         row = 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens.shape[1] * model.dtype.itemsize
 
+        room = WRITING
+        if model.device.type == "cuda":
+            room = min(room, torch.cuda.mem_get_info(model.device)[0] // 4)
+
         def write() -> dict[str, Tensor]:
             if not ranks.is_first():  # no two devices round alike
                 return ranks.same({})
@@ -239,7 +255,7 @@ class Distill(Pass):
                 calibration.tokenizer,
                 tokens[some, :-new],
                 new,
-                batch_size=max(1, min(256, WRITING // row)),
+                batch_size=max(1, min(256, room // row)),
                 listen=program.listen,
                 stage="dense text",
             )

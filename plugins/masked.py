@@ -85,7 +85,7 @@ def windowed(
     plan: Plan,
     scale: float,
     padded: bool | None = None,
-    masks: dict[tuple[int, ...], Tensor] | None = None,
+    masks: dict[Any, Tensor] | None = None,
 ) -> Tensor:
     """Local heads: sinks and the last ``window.size`` tokens of every row, the row's own included.
 
@@ -125,7 +125,7 @@ def banded(
     size: int,
     sinks: int,
     scale: float,
-    masks: dict[tuple[int, ...], Tensor] | None = None,
+    masks: dict[Any, Tensor] | None = None,
 ) -> Tensor:
     """:func:`windowed` for whole prompts, padded on the right at most: all tiles of rows in one call.
 
@@ -150,7 +150,7 @@ def banded(
         return torch.cat((before, own, first), 3).flatten(0, 1)
 
     masks = {} if masks is None else masks
-    of = (batch, rows, tile, size, sinks, q.get_device())
+    of = (batch, rows, tile, size, sinks, q.get_device(), q.dtype)
     if of not in masks:
         masks[of] = _band(rows, tile, size, sinks, columns, q).repeat(batch, 1, 1)[:, None]
     queries = tiled(q).flatten(0, 1)

@@ -322,6 +322,7 @@ def _begin_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     else:
         step.index_sets.clear()
         step.positions = step.padded = None
+        step.masks.clear()
         step.kernel_sets.clear()
         step.kernel_lists.clear()
     for module in decoder.sparsec_modules:  # type: ignore[union-attr]

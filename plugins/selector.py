@@ -9,6 +9,7 @@ trained on softmax(s), so any scale is inside them and p means what it meant in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -129,18 +130,23 @@ def select(
 
 def _on_device(scores: Tensor, q_pos: Tensor, k_pos: Tensor, selector: Selector, min_context: int) -> Tensor | None:
     """The sets of tokens of a row each, searched for by a kernel: sorting takes most of a training step on a GPU."""
-    if not scores.is_cuda:
-        return None
-    from sparsec.plugins.kernels.support import launching_on, triton_missing
-
-    if triton_missing() is not None:
+    if not scores.is_cuda or not _launches_on(scores.device):
         return None
     from sparsec.plugins.kernels.rows import kept_rows, takes
+    from sparsec.plugins.kernels.support import launching_on
 
     if not takes(scores, selector):
         return None
     with launching_on(scores):
         return kept_rows(scores, q_pos, k_pos, selector, min_context)
+
+
+@cache
+def _launches_on(device: torch.device) -> bool:
+    """Do the kernels run there?"""
+    from sparsec.plugins.kernels.support import reason_there
+
+    return torch.version.hip is None and reason_there(device, torch.float32) is None
 
 
 def united(keep: Tensor, selector: Selector, kv_heads: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Step:
     real: Tensor | None = None  # bool [batch, rows]: False is padding, which runs nothing; None: there is none
     observe_paths: Callable[[int, str, Tensor], None] | None = None  # layer, unit, bool [batch, rows]: runs it
     padded: bool | None = None  # some of them are
-    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # of whole prompts' windows
+    masks: dict[Any, Tensor] = field(default_factory=dict)  # of whole prompts' windows
     # On the kernels, by layer: what a decode row keeps by, and the blocks that a prompt's groups keep.
     kernel_sets: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     kernel_lists: dict[int, list[Lists]] = field(default_factory=dict)

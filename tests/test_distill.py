@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -262,6 +263,11 @@ def test_lengths_take_turns_and_some_windows_end_with_the_dense_models_text(
     assert not torch.equal(text, natural[-32:])
     again = options.run(replace(program, scratch=tmp_path), calibration)
     assert again.measured["losses"] == result.measured["losses"]
+
+
+def test_more_lengths_than_steps_are_refused() -> None:
+    with pytest.raises(ValidationError, match="3 lengths take turns in 2 steps"):
+        Distill(lengths=3, steps=2)
 
 
 def test_decode_rows_carry_the_share_of_the_loss_that_they_are_given() -> None:

@@ -332,9 +332,6 @@ def test_groups_choose_the_blocks_that_the_reference_chooses(
                 assert kept.tolist() == [block for block in listed if block * how.block <= last]
 
 
-# The GPU's compiler ----------------------------------------------------------------------------------------------
-
-
 # Rows of a measurement or of training --------------------------------------------------------------------------------
 
 
@@ -358,6 +355,9 @@ def test_rows_keep_what_the_reference_keeps(keys: int, top_p: float, least: int,
     assert torch.equal(found.cpu(), true)
     assert takes(scores, selector)
     assert not takes(scores, selector.model_copy(update={"granularity": "block"}))
+
+
+# The GPU's compiler ----------------------------------------------------------------------------------------------
 
 
 def test_every_kernel_compiles_for_a_hopper_gpu() -> None:

@@ -24,7 +24,7 @@ def _both(a1, a2, b1, b2):
 
 
 @triton.jit
-def row_sets(
+def _row_sets(
     scores, q_pos, k_pos, keep, heads, rows, keys,
     P: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, MIN_KEEP: tl.constexpr, MIN_CONTEXT: tl.constexpr,
     KEPT: tl.constexpr, BLOCK: tl.constexpr,
@@ -74,7 +74,7 @@ def kept_rows(scores: Tensor, q_pos: Tensor, k_pos: Tensor, selector: Selector, 
     batch, heads, rows, keys = scores.shape
     keep = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
     block = max(16, triton.next_power_of_2(keys))
-    row_sets[rows, heads, batch](
+    _row_sets[rows, heads, batch](
         scores.contiguous(), q_pos.contiguous(), k_pos.contiguous(), keep, heads, rows, keys,
         P=selector.top_p, SINKS=selector.sinks, RECENT=selector.recent, MIN_KEEP=selector.min_keep,
         MIN_CONTEXT=min_context, KEPT=1 - TIE, BLOCK=block, num_warps=min(32, max(1, block // 512)),
