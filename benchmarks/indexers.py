@@ -27,6 +27,7 @@ from torch import Tensor
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.evaluate import DENSE, Suite, System, baseline_plan, evaluate
 from sparsec.calibrate.splits import Calibration
+from sparsec.calibrate.trainable import cast_weights
 from sparsec.compiler.commands.options import cache_dir
 from sparsec.compiler.draw import drawing
 from sparsec.compiler.source import load_model, load_tokenizer, open_source
@@ -107,8 +108,7 @@ def _running(model: Any, plan: Plan | None, tensors: Mapping[str, Tensor]) -> It
 
 def _needles(asked: argparse.Namespace, model: Any, systems: Sequence[System], listen: Listener) -> dict[str, Any]:
     """What each system finds; all have the same heads, and the same questions."""
-    for weight in model.parameters():  # as a checkpoint is opened in it: the rotary embedding stays float32
-        weight.data = weight.data.to(getattr(torch, asked.dtype))
+    cast_weights(model, getattr(torch, asked.dtype))
     suite = Suite(
         lengths=tuple(map(int, asked.lengths.split(","))),
         tasks=tuple(asked.tasks.split(",")),

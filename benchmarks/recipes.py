@@ -38,9 +38,10 @@ from sparsec.calibrate.long_decode import continued
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.tasks import Haystack, prompts
 from sparsec.calibrate.teacher import divergence
-from sparsec.calibrate.trainable import copied_weights, put_weights
+from sparsec.calibrate.trainable import cast_weights, copied_weights, put_weights
 from sparsec.compiler.commands.options import cache_dir
 from sparsec.compiler.draw import drawing
+from sparsec.compiler.recipe import parse_setting
 from sparsec.compiler.source import load_model, load_tokenizer, open_source
 from sparsec.compiler.versions import versions
 from sparsec.layout import TENSORS, read_plan
@@ -164,10 +165,9 @@ def _train(pass_: Distill, program: Program, text: Calibration, scratch: Path) -
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """A copy with weights of that dtype; the rotary embedding's table stays float32, as in a checkpoint opened so."""
+    """A copy with weights of that dtype."""
     model = copy.deepcopy(model)
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
+    cast_weights(model, dtype)
     return model
 
 
@@ -179,8 +179,8 @@ def _sparse(model: Any, dtype: torch.dtype, plan: Plan, tensors: Mapping[str, Te
 
 
 def _options(recipe: str) -> dict[str, Any]:
-    pairs = (part.split("=", 1) for part in recipe.split(","))
-    return {name: json.loads(value) for name, value in pairs}
+    settings = (parse_setting(f"distill.{part}") for part in recipe.split(","))
+    return {name: value for _, name, value in settings}
 
 
 def _add(file: Path, row: dict[str, Any]) -> None:

@@ -90,6 +90,12 @@ def copied_weights(model: Any) -> dict[str, Tensor]:
     return {name: weight.detach().cpu().clone() for name, weight in model.named_parameters()}
 
 
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Weights of that dtype; tables such as the rotary embedding's stay float32, as in a checkpoint opened so."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+
+
 @torch.no_grad()
 def put_weights(model: Any, weights: dict[str, Tensor]) -> None:
     """Overwrite the named weights in place."""
