@@ -33,6 +33,10 @@ class TopK:
     indices: Tensor
     logp: Tensor
 
+    def mass(self) -> float:
+        """The k tokens' share of the teacher's probability: the mean over every seventh window."""
+        return float(self.logp[::7].float().exp().sum(-1).mean())
+
 
 class Head:
     """A model's output layer as a function of weight and hidden states, with what the family does to logits."""

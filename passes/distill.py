@@ -166,7 +166,7 @@ class Distill(Pass):
             "tier": self.tier_of_run(),
             "lessons": told,
             "tokens": outcome.tokens,
-            "teacher_mass": float(lessons[0].taught.logp[::7].float().exp().sum(-1).mean()),
+            "teacher_mass": sum(lesson.taught.mass() for lesson in lessons) / len(lessons),
             "checks": [{"step": step, "kl": kl} for step, kl in outcome.checks],
             "kl_before": first,
             "kl_best": best,
@@ -209,6 +209,9 @@ class Distill(Pass):
         # Where local heads see nearly all of a window there is little to learn, and few rows hold no question.
         least = max(2 * window.size if window else 0, SHORTEST)
         lengths = [i for i in range(self.lengths) if not i or length >> i >= least]
+        if len(lengths) < self.lengths:
+            note = f"{len(lengths)} of {self.lengths} take turns: a shorter window has fewer than {least} tokens"
+            program.listen(Event("lengths", note=note))
         head = None
         for number in lengths:
             context = length >> number

@@ -265,6 +265,18 @@ def test_lengths_take_turns_and_some_windows_end_with_the_dense_models_text(
     assert again.measured["losses"] == result.measured["losses"]
 
 
+def test_lengths_that_the_text_is_too_short_for_are_left_out_and_said(
+    program: Program, calibration: Calibration
+) -> None:
+    said: list[str] = []
+    options = Distill(weights="all", steps=2, batch=1, context=256, lengths=2, rows=64, held_windows=1, checks=1)
+    listening = replace(program, listen=lambda event: said.append(event.note or ""))
+    result = options.run(listening, calibration)
+    assert [lesson["context"] for lesson in result.measured["lessons"]] == [256]
+    assert any("1 of 2 take turns" in line for line in said)
+    assert 0 < result.measured["teacher_mass"] <= 1
+
+
 def test_more_lengths_than_steps_are_refused() -> None:
     with pytest.raises(ValidationError, match="3 lengths take turns in 2 steps"):
         Distill(lengths=3, steps=2)
