@@ -57,7 +57,7 @@ texts: | $(VENV)/.torch
 
 # The passes side by side, with training, on a GPU; on several of 80 GB: make table GPUS=0,1 EACH=3
 table: $(VENV)/.dev texts
-	$(BIN)/python benchmarks/table.py --gpus $(GPUS) --each $(EACH)
+	$(BIN)/python benchmarks/passes_table.py --gpus $(GPUS) --each $(EACH)
 	$(BIN)/python benchmarks/tables.py
 
 # May take an hour on two cores; on a GPU: make bench ON="--device cuda --dtype bfloat16 --batch-size 50"

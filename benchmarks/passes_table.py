@@ -1,4 +1,4 @@
-"""The README's table of passes and what belongs to it, from compiles to JSON: python benchmarks/table.py [--gpus 0,1]
+"""The README's table of passes, from compiles to JSON: python benchmarks/passes_table.py [--gpus 0,1]
 
 Runs the commands below on all GPUs that are named, each command's lengths and systems as parts of their own; parts are
 kept, so the whole commands at the end only put them together. What is timed has its GPU to itself. A run that was
