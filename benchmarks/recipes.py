@@ -86,7 +86,8 @@ def main() -> None:
     source = open_source(asked.source, cache_dir=cache_dir())
     tokenizer = load_tokenizer(source)
     model = load_model(source, device=asked.device, dtype="float32")
-    plan, tensors = read_plan(asked.artifact), load_file(asked.artifact / TENSORS)
+    plan, selectors = read_plan(asked.artifact), asked.artifact / TENSORS
+    tensors = load_file(selectors) if selectors.exists() else {}  # windows alone need none
     train = Calibration(read_corpus(asked.train), tokenizer)
     dev = Calibration(read_corpus(asked.dev), tokenizer, shares=(0.05, 0.05, 0.9))  # all but what has to be left
     dense = in_dtype(model, getattr(torch, asked.dtype))
