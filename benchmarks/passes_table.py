@@ -61,11 +61,12 @@ def jobs(scratch: Path) -> list[Job]:
         compiled("razor", "razor"),
         compiled("distilled", "rtpurbo,distill", "rtpurbo"),
     ]
-    for n in ALL:
-        found.append(part(f"passes-{n}", "out/rtpurbo out/razor", PASSES, n, "rtpurbo", "razor"))
+    # The longest first, so that nothing waits for one of them at the end.
+    found += [part(f"passes-{n}", "out/rtpurbo out/razor", PASSES, n, "rtpurbo", "razor") for n in reversed(ALL)]
+    found += [part(f"decode-{n}", f"out/distilled {PAIR}", DECODE, n, "distilled") for n in reversed(SHORT)]
+    for n in reversed(ALL):
         found.append(part(f"trained-{n}", f"out/distilled {PAIR}", PASSES, n, "distilled", f"passes-{n}"))
         found.append(part(f"multi-{n}", f"out/distilled {PAIR}", MULTI, n, "distilled"))
-    found += [part(f"decode-{n}", f"out/distilled {PAIR}", DECODE, n, "distilled") for n in SHORT]
     parts = tuple(job.name for job in found)
     whole = (
         ("distill-demo", "out/rtpurbo out/razor out/distilled", PASSES, ALL),

@@ -100,7 +100,7 @@ class Distill(Pass):
     rest: bool = Field(
         default=True, description="all other tokens count as one more outcome (ours; paper: they do not)"
     )
-    lr: float | None = Field(default=None, gt=0, description="peak rate; null: 1e-3 for lora, 1e-4 for all")
+    lr: float | None = Field(default=None, gt=0, description="peak rate; null: 1e-3 for lora, 5e-5 for all")
     warmup: int | None = Field(default=None, ge=0, description="steps; null: a tenth (the paper: 200 of 600)")
     checks: int = Field(default=10, ge=1, description="how often held-out KL is measured; the best weights are kept")
     held_windows: int = Field(default=4, ge=1, description="windows of the search text, and as many with questions")
@@ -142,7 +142,7 @@ class Distill(Pass):
         before = copied_weights(model)
         settings = Settings(
             steps=self.steps,
-            lr=self.lr or (1e-3 if self.weights == "lora" else 1e-4),
+            lr=self.lr or (1e-3 if self.weights == "lora" else 5e-5),
             warmup=self.steps // 10 if self.warmup is None else self.warmup,
             rest=self.rest,
             labels=self.labels,
