@@ -2,7 +2,7 @@
 
     sparsec compile demo --calibration texts/train --device cuda --tier hours --passes rtpurbo -o out/rtpurbo
     python benchmarks/recipes.py out/rtpurbo --train texts/train --dev texts/dev --device cuda --steps 300 \\
-        --recipe lr=1e-4 --recipe lr=5e-5,lengths=3
+        --recipe lr=5e-5 --recipe top_k=50 --recipe labels=0.3
 
 A recipe is options of the pass ``distill``. Judged along what the dense model says: on the last rows of text windows,
 on its own answers to needles, on its own greedy continuations. Divergence and other first choices are counted a token,
@@ -161,7 +161,7 @@ def _train(pass_: Distill, program: Program, text: Calibration, scratch: Path) -
     began = time.monotonic()
     result = pass_.run(kept, text)
     put_weights(program.model, dict(result.weights))
-    told = {name: result.measured[name] for name in ("checks", "lessons", "kl_before", "kl_best", "best_step")}
+    told = {name: result.measured[name] for name in ("checks", "kl_before", "kl_best", "best_step")}
     return {"steps": pass_.steps, "seconds": round(time.monotonic() - began, 1), **told}
 
 

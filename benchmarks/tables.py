@@ -9,6 +9,8 @@ multi     multi-demo.json, several values and several questions at once, of the 
 heads     the same beside distill-needles-demo.json, whose heads needles chose: the two choices
 indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
 indexers-yarn  indexers-yarn-demo.json, the same at twice the trained length, with YaRN
+indexers-needles, indexers-yarn-needles    what it wrote with --needles: the tasks, by kind
+recipes   recipes-demo.json, what benchmarks/recipes.py wrote: options of distill on development text
 patterns  sharing-demo.json, what benchmarks/sharing.py wrote: patterns of the demo model's indexers
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
 cheaper   the same: HISA and MISA
@@ -135,9 +137,48 @@ def indexers(result: Mapping[str, Any]) -> str:
     )
     made = f"{result['device']}, torch {result['versions']['torch']}; {result['text']}: `{result['command']}`."
     note = f"By the true attention instead of an indexer, the same rule keeps: {perfect}. {made}"
-    asked = [tasks(result)] if result.get("cells") else []
-    needles = [part for table in asked for part in ("", *markdown(table.head, table.rows, table.left), "", table.note)]
-    return "\n".join([*markdown(head, rows, 2), "", note, *needles])
+    return "\n".join([*markdown(head, rows, 2), "", note])
+
+
+def asked(result: Mapping[str, Any]) -> str:
+    """Needles that each kind of indexer finds, of what benchmarks/indexers.py --needles wrote."""
+    found = tasks(result)
+    made = (
+        f"{result['device']}, {result['dtype']}, torch {result['versions']['torch']}, {result['prompts_each']} prompts"
+    )
+    note = f"{found.note} Each kind has the same heads, by needles. {made}: `{result['command']}`."
+    return "\n".join([*markdown(found.head, found.rows, found.left), "", note])
+
+
+def recipes(result: Mapping[str, Any]) -> str:
+    """The result of benchmarks/recipes.py as Markdown: how near to dense, the mean over lengths, by kind of text."""
+    rows = []
+    for row in result["rows"]:
+        kinds: dict[str, list[Mapping[str, float]]] = {}
+        for name, found in row["exams"].items():
+            kind = name.split()[0]
+            kinds.setdefault(kind if kind in ("text", "greedy") else "answers", []).append(found)
+        parts = [
+            part
+            for found in (kinds[kind] for kind in ("text", "answers", "greedy"))
+            for part in (
+                f"{sum(one['kl'] for one in found) / len(found):.4f}",
+                f"{sum(one['other'] for one in found) / len(found):.2%}",
+            )
+        ]
+        rows.append([f"`{row['recipe']}`" if "=" in row["recipe"] else row["recipe"], f"{row['score']:.4f}", *parts])
+    head = [
+        "recipe",
+        "score",
+        *(f"{kind}: {part}" for kind in ("text", "answers", "greedy") for part in ("KL", "other")),
+    ]
+    last = result["rows"][-1]
+    made = f"{last['steps']} steps; {last['device']}, {last['dtype']}, torch {last['versions']['torch']}"
+    note = (
+        "Against dense, along what it says: KL in nats a row, and rows with another first choice. Score: the geometric "
+        f"mean of the KLs of all exams. {made}: `{last['command']}`, and each recipe by `--recipe`."
+    )
+    return "\n".join([*markdown(head, rows, 1), "", note])
 
 
 def sharing(result: Mapping[str, Any]) -> str:
@@ -369,6 +410,17 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
         engines,
     ),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
+    "indexers-needles": ("indexers-needles-demo", "python benchmarks/indexers.py demo --needles texts/eval", asked),
+    "indexers-yarn-needles": (
+        "indexers-yarn-needles-demo",
+        "python benchmarks/indexers.py demo --scaling yarn --needles texts/eval",
+        asked,
+    ),
+    "recipes": (
+        "recipes-demo",
+        "python benchmarks/recipes.py out/rtpurbo --train texts/train --dev texts/dev",
+        recipes,
+    ),
     "indexers-yarn": ("indexers-yarn-demo", "python benchmarks/indexers.py demo --scaling yarn && make docs", indexers),
 }
 

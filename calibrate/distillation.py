@@ -50,7 +50,7 @@ class Settings:
     weight_decay: float = 0.01
     clip: float = 1.0
     rest: bool = True
-    labels: float | None = None  # share of the loss that decode rows carry; None: every row counts alike
+    labels: float | None = None  # share of the loss that label rows carry; None: every row counts alike
     checks: int = 10  # how often the held-out KL is measured
     seed: int = 0
 
@@ -88,9 +88,10 @@ def precision(device: torch.device) -> Callable[[], Any]:
 
 @dataclass
 class Lesson:
-    """Windows of one length, what the teacher says on them, and those of the checks."""
+    """Windows, what the teacher says on them, and those of the checks."""
 
     tokens: Tensor  # int64 [windows, length]
+    labels: Tensor  # bool [windows, length]: the rows that a share of the loss may be given to
     taught: TopK
     held: HeldOut
     rows: int  # decode rows at the end of each window
@@ -99,18 +100,18 @@ class Lesson:
 
 
 def student_loss(
-    model: Any, tokens: Tensor, indices: Tensor, logp: Tensor, *, rows: int, rest: bool, labels: float | None
+    model: Any, tokens: Tensor, indices: Tensor, logp: Tensor, weights: Tensor, *, rows: int, rest: bool
 ) -> Tensor:
-    """Mean KL a row in nats.
+    """Mean over windows of their rows' KL in nats.
 
     Args:
         tokens: [windows, length]; indices, logp: [windows, length, k].
+        weights: float32 [windows, length], what each row counts, see :func:`row_weights`.
         rows: decode rows at each window's end.
         rest: see :func:`kl_top_k`.
-        labels: the share of the loss that decode rows carry; None: every row counts alike.
     """
     hidden = student_hidden(model, tokens, rows)
-    weights = row_weights(tokens.shape[1], rows, labels).to(hidden.device).repeat(len(tokens)) / len(tokens)
+    weights = weights.to(hidden.device).flatten() / len(tokens)
     hidden = hidden.flatten(0, 1)
     indices, logp = (x.flatten(0, 1).to(hidden.device) for x in (indices, logp))
     head = Head(model)
@@ -147,11 +148,17 @@ def _part_loss(
     return (kl_top_k(logits_of(hidden, weight, bias, softcap), indices, logp, rest) * counts).sum()
 
 
-def row_weights(length: int, rows: int, labels: float | None) -> Tensor:
-    """What each row of a window counts: float32 [length], of sum 1; the last ``rows`` rows count ``labels``."""
-    if labels is None:
-        return torch.full((length,), 1 / length)
-    return torch.cat((torch.full((length - rows,), (1 - labels) / (length - rows)), torch.full((rows,), labels / rows)))
+def row_weights(labels: Tensor, share: float | None) -> Tensor:
+    """What each row of a window counts: float32 [windows, length], each window's sum 1.
+
+    Args:
+        labels: bool [windows, length], some but not all rows of each window.
+        share: what label rows carry together, the others the rest; None: every row counts alike.
+    """
+    if share is None:
+        return torch.full(labels.shape, 1 / labels.shape[1])
+    count = labels.sum(1, keepdim=True)
+    return torch.where(labels, share / count, (1 - share) / (labels.shape[1] - count)).float()
 
 
 def student_hidden(model: Any, tokens: Tensor, rows: int) -> Tensor:
@@ -181,11 +188,8 @@ def kl_top_k(logits: Tensor, indices: Tensor, logp: Tensor, rest: bool) -> Tenso
 
 
 @torch.no_grad()
-def hold_out(model: Any, tokens: Tensor, rows: int, compared: int, head: Tensor | None = None) -> HeldOut:
-    """What the dense ``model`` (no plan installed) says on all decode rows and on ``compared`` prompt rows.
-
-    head: the copy of its output weight that another one has; None makes one.
-    """
+def hold_out(model: Any, tokens: Tensor, rows: int, compared: int) -> HeldOut:
+    """What the dense ``model`` (no plan installed) says on all decode rows and on ``compared`` prompt rows."""
     length = tokens.shape[1]
     earlier = torch.linspace(0, length - rows - 1, min(compared, length - rows)).round().long()
     at = torch.cat((earlier, torch.arange(length - rows, length)))
@@ -195,8 +199,7 @@ def hold_out(model: Any, tokens: Tensor, rows: int, compared: int, head: Tensor 
         with context():
             seen = model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False).last_hidden_state
         hidden.append(seen[0, at.to(seen.device)])
-    head = Head(model).module.weight.detach().clone() if head is None else head
-    return HeldOut(tokens, at, torch.stack(hidden), head)
+    return HeldOut(tokens, at, torch.stack(hidden), Head(model).module.weight.detach().clone())
 
 
 @torch.no_grad()
@@ -216,14 +219,11 @@ def full_kl(model: Any, held: HeldOut, rows: int) -> float:
     return sum(ranks.in_order(sums)) / max(1, len(pairs) * len(held.rows))
 
 
-def distill(
-    model: Any, lessons: Sequence[Lesson], settings: Settings, *, state: Path | None, listen: Listener
-) -> Outcome:
+def distill(model: Any, lesson: Lesson, settings: Settings, *, state: Path | None, listen: Listener) -> Outcome:
     """Train what of ``model`` requires a gradient, and leave the best weights in it.
 
     Args:
         model: its plan installed.
-        lessons: they take turns, a step each.
         state: folder of the run's saved state, or None.
 
     Raises:
@@ -234,7 +234,7 @@ def distill(
     ranks.wait()  # all have read the state before the first process writes another
     try:
         with compiling() if model.device.type == "cuda" else nullcontext():
-            run.go(lessons, listen)
+            run.go(lesson, listen)
     except torch.OutOfMemoryError:
         raise TrainingError(
             "distillation ran out of memory: lower distill.micro_batch or distill.context, "
@@ -269,17 +269,17 @@ class _Run:
         self.when = {round(s.steps * (number + 1) / s.checks) for number in range(s.checks)}
         self.saved = time.monotonic()
 
-    def go(self, lessons: Sequence[Lesson], listen: Listener) -> None:
+    def go(self, lesson: Lesson, listen: Listener) -> None:
         """All steps that are left, and the checks among them."""
         if not self.outcome.checks:
-            self.check(lessons, listen)
+            self.check(lesson, listen)
         for step in range(self.step, self.settings.steps):
-            self.advance(step, lessons)
+            self.advance(step, lesson)
             listen(Event("distill", step + 1, self.settings.steps))
             if self.outcome.diverged:
                 break
             if step + 1 in self.when:
-                self.check(lessons, listen)
+                self.check(lesson, listen)
             self.save_if_due()
 
     def rate(self, step: int) -> float:
@@ -290,21 +290,19 @@ class _Run:
         share = (step - s.warmup) / max(1, s.steps - s.warmup)
         return s.lr * 0.5 * (1 + math.cos(math.pi * share))
 
-    def advance(self, step: int, lessons: Sequence[Lesson]) -> None:
+    def advance(self, step: int, lesson: Lesson) -> None:
         """One optimizer step."""
         s, began, device = self.settings, time.monotonic(), self.model.device
-        turn, number = divmod(step, len(lessons))
-        lesson = lessons[number]
-        chosen = batch_of(turn, lesson.batch, len(lesson.tokens), s.seed)
+        chosen = batch_of(step, lesson.batch, len(lesson.tokens), s.seed)
         share = ranks.own(chosen)
         total = torch.zeros((), device=device)
         for start in range(0, len(share), lesson.micro_batch):
             part = share[start : start + lesson.micro_batch]
-            inputs = (lesson.tokens[part], lesson.taught.indices[part], lesson.taught.logp[part])
+            weights = row_weights(lesson.labels[part], s.labels)
+            inputs = (lesson.tokens[part], lesson.taught.indices[part], lesson.taught.logp[part], weights)
             with precision(device)():
-                loss = student_loss(
-                    self.model, *(x.to(device) for x in inputs), rows=lesson.rows, rest=s.rest, labels=s.labels
-                ) * (len(part) / len(chosen))
+                loss = student_loss(self.model, *(x.to(device) for x in inputs), rows=lesson.rows, rest=s.rest)
+                loss = loss * (len(part) / len(chosen))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach().to(device)
         self._add_up(total)
@@ -328,9 +326,9 @@ class _Run:
                     weight.grad = torch.zeros_like(weight)
             ranks.add_up([total, *(w.grad for w in self.trained.values() if w.grad is not None)])
 
-    def check(self, lessons: Sequence[Lesson], listen: Listener) -> None:
+    def check(self, lesson: Lesson, listen: Listener) -> None:
         """Measure on what is not trained on; keep the weights if they are the best so far."""
-        found = sum(full_kl(self.model, lesson.held, lesson.rows) for lesson in lessons) / len(lessons)
+        found = full_kl(self.model, lesson.held, lesson.rows)
         best = min((kl for _, kl in self.outcome.checks), default=math.inf)
         self.outcome.checks.append((self.step, found))
         listen(Event("distill", self.step, self.settings.steps, f"held-out KL {found:.5f}"))

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsec.calibrate.distillation import precision
+from sparsec.calibrate.questions import Windows
 from sparsec.calibrate.teacher import ROWS, Head, divergence
 from sparsec.calibrate.trainable import recomputing
 from sparsec.errors import TrainingError
@@ -44,7 +45,7 @@ class Gates:
 
     scores: Tensor  # float32 [layers, units] on the CPU; -inf where a layer was not to be split
     text: list[float]  # KL a step on natural text, nats a row
-    answers: list[float]  # and on the last rows of windows with questions
+    answers: list[float]  # and on the rows of windows with questions that counted
 
 
 @dataclass
@@ -91,13 +92,13 @@ AttentionMaskInterface.register(NAME, plain_mask)
 
 def learn_gates(
     model: Any,
-    windows: Tensor,
-    asked: Tensor,
+    windows: Windows,
     local: Plan,
     *,
     count: int,
     unit: int,
     rows: int,
+    answers: float | None,
     seed: int,
     listen: Listener,
 ) -> Gates:
@@ -105,11 +106,12 @@ def learn_gates(
 
     Args:
         model: no plan installed; its weights are not changed.
-        windows: int64 [windows, length].
-        asked: bool [windows]: which have questions, in their last ``rows`` tokens.
         local: the plan with every head local, its window and ``min_context``; layers without heads stay as they are.
         count: units that will be kept.
         unit: heads that one gate decides for: 1, or a GQA group.
+        rows: the last so many tokens are decode rows.
+        answers: what the KL of rows that answer counts, that of text 1; None: all decode rows of windows with
+            questions, which are text for the most part, count 1.
 
     Raises:
         TrainingError: out of memory, with what to lower; or a loss that is not finite.
@@ -118,11 +120,12 @@ def learn_gates(
     split = [i for i, layer in enumerate(local.layers) if layer.heads is not None]
     raw = torch.zeros(len(split), shape.heads // unit, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([raw], lr=RATE, betas=(0.9, 0.95))
-    text, answers = (windows[asked == kind] for kind in (False, True))
-    steps = min(len(text), len(answers))
+    asked, length = windows.asked, windows.tokens.shape[1]
+    text, questions = (windows.tokens[asked == kind] for kind in (False, True))
+    steps = min(len(text), len(questions))
     generator = torch.Generator().manual_seed(seed)
     gates = Gates(torch.full((shape.layers, raw.shape[1]), -math.inf), [], [])
-    last = torch.arange(max(0, windows.shape[1] - rows), windows.shape[1])
+    read = windows.answers[asked] if answers is not None else torch.arange(length).expand_as(questions) >= length - rows
     try:
         with _gated(model), recomputing(model):
             for step in range(steps):
@@ -131,9 +134,10 @@ def learn_gates(
                 leaf = torch.zeros(shape.layers, raw.shape[1], device=device)
                 leaf[split] = values.detach()
                 mixing = _Mixing(local, leaf.requires_grad_())
-                drawn = torch.randperm(windows.shape[1], generator=generator)[:TEXT_ROWS]
-                for kept, window, at in ((gates.text, text[step], drawn), (gates.answers, answers[step], last)):
-                    kept.append(_backward(model, window[None].to(device), at.to(device), mixing))
+                drawn = torch.randperm(length, generator=generator)[:TEXT_ROWS]
+                gates.text.append(_backward(model, text[step], drawn, mixing, 1.0))
+                at = read[step].nonzero()[:, 0]
+                gates.answers.append(_backward(model, questions[step], at, mixing, 1.0 if answers is None else answers))
                 if not math.isfinite(gates.text[-1] + gates.answers[-1]):
                     raise TrainingError("choosing heads gave a loss that is not finite: use rtpurbo.choose=needles")
                 optimizer.zero_grad(set_to_none=True)
@@ -162,9 +166,9 @@ def budgeted(raw: Tensor, count: int, temperature: float) -> Tensor:
     return torch.sigmoid((raw + low - (gates.sum() - count) / slope) / temperature)
 
 
-def _backward(model: Any, window: Tensor, rows: Tensor, mixing: _Mixing) -> float:
-    """The KL of these rows against the dense model, in nats a row; its gradient is added to the gates'."""
-    head = Head(model)
+def _backward(model: Any, window: Tensor, rows: Tensor, mixing: _Mixing, weight: float) -> float:
+    """The KL of these rows against the dense model, in nats a row; ``weight`` times its gradient goes to the gates."""
+    head, window, rows = Head(model), window[None].to(model.device), rows.to(model.device)
     with precision(window.device)():
         with torch.no_grad():
             true = _hidden(model, window, rows, _Mixing(mixing.plan, None))
@@ -175,7 +179,7 @@ def _backward(model: Any, window: Tensor, rows: Tensor, mixing: _Mixing) -> floa
             total = total + checkpoint(_kl, head, hidden[part], true[part], use_reentrant=False)
         loss = total / len(rows)
     if bool(torch.isfinite(loss)):
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss * weight).backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
 

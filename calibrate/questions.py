@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +41,18 @@ MOST = 12  # facts a window
 QUESTION = 40  # tokens that a question and its answer may take
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Training windows, and where their answers are."""
+
+    tokens: Tensor  # int64 [windows, length]
+    asked: Tensor  # bool [windows]: which have questions
+    answers: Tensor  # bool [windows, length]: rows whose next token belongs to an answer
+
+
 def training_windows(
     calibration: Calibration, split: str, *, length: int, count: int, rows: int, questions: float, seed: int
-) -> tuple[Tensor, Tensor]:
+) -> Windows:
     """Windows for distillation, the same ones for the same arguments.
 
     Args:
@@ -52,9 +63,6 @@ def training_windows(
         questions: share of windows with hidden facts.
         seed: of everything drawn.
 
-    Returns:
-        int64 tokens [count, length], and bool [count]: which have questions.
-
     Raises:
         CalibrationError: the split has no document of that length, or too few ordinary words; or a window has no
             room for a question.
@@ -64,21 +72,22 @@ def training_windows(
             f"training windows of {length} tokens cannot hold {rows} decode rows and a prompt as long: "
             "use a longer context or fewer rows"
         )
-    texts = filler(calibration, split, length, count, seed)
+    tokens = filler(calibration, split, length, count, seed)
     vocabulary = ordinary_words(calibration, split) if questions else {}
     asked = torch.zeros(count, dtype=torch.bool)
-    made = []
-    for number, text in enumerate(texts):
+    answers = torch.zeros(count, length, dtype=torch.bool)
+    for number, text in enumerate(tokens):
         # Evenly spread, so that a batch of neighbours is mixed.
         asked[number] = int((number + 1) * questions) > int(number * questions)
-        rng = random.Random(f"{seed}/questions/{length}/{number}")
-        made.append(_with_questions(calibration, text, vocabulary, rows, rng) if asked[number] else text)
-    return torch.stack(made), asked
+        if asked[number]:
+            rng = random.Random(f"{seed}/questions/{length}/{number}")
+            tokens[number], answers[number] = _with_questions(calibration, text, vocabulary, rows, rng)
+    return Windows(tokens, asked, answers)
 
 
 def _with_questions(
     calibration: Calibration, text: Tensor, vocabulary: dict[str, list[int]], rows: int, rng: random.Random
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The window with facts before its decode rows, and questions with their answers as its last tokens."""
     tokenizer, length = calibration.tokenizer, len(text)
     count = min(rng.randint(1, MOST), max(1, (rows - 1) // QUESTION))
@@ -91,12 +100,12 @@ def _with_questions(
             part.format(key=key, word=word, other=other, code=code) for part in rng.choice(FORMS)
         )
         facts.append(f"\n{statement}\n")
-        asked.append(f"\n{question} {answer}.")
+        asked.append((f"\n{question}", f" {answer}", "."))
     rng.shuffle(asked)
-    end = _encode(tokenizer, ["".join(asked) + "\n"])[0]
+    end, answers = _end(tokenizer, asked)
     hidden = _encode(tokenizer, facts)
     if len(end) >= rows:  # rare: long words; ask fewer
-        end = _encode(tokenizer, [asked[0] + "\n"])[0]
+        end, answers = _end(tokenizer, asked[:1])
     body = length - len(end) - sum(map(len, hidden))
     if len(end) >= rows or body <= FIRST + 1:
         raise CalibrationError(
@@ -109,9 +118,24 @@ def _with_questions(
     for place, fact in zip(places, hidden, strict=True):
         parts += [text[done:place], fact]
         done = place
-    return torch.cat([*parts, text[done:body], end])
+    marked = torch.zeros(length, dtype=torch.bool)
+    marked[length - len(end) - 1 : -1] = answers  # a row reads off the token behind it
+    return torch.cat([*parts, text[done:body], end]), marked
 
 
-def _encode(tokenizer: object, texts: Sequence[str]) -> list[Tensor]:
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+def _end(tokenizer: Any, asked: Sequence[tuple[str, str, str]]) -> tuple[Tensor, Tensor]:
+    """Questions with their answers, one behind another: tokens, and which of them belong to an answer."""
+    text, spans = "", []
+    for question, answer, stop in asked:
+        spans += [text + question, text + question + answer]
+        text += question + answer + stop
+    tokens, *before = _encode(tokenizer, [text + "\n", *spans])
+    answers = torch.zeros(len(tokens), dtype=torch.bool)
+    for first, last in zip(before[::2], before[1::2], strict=True):
+        answers[len(first) : len(last)] = True
+    return tokens, answers
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [torch.tensor(part, dtype=torch.long) for part in ids]

@@ -35,8 +35,8 @@ def tables(result: Result) -> list[Table]:
 
 
 def overview(result: Result) -> Table:
-    """A row a length and system: text, needles together, what was read and kept."""
-    cells = [cell for cell in result["cells"] if BITS in cell or "tasks" in cell]
+    """A row a length and system: text, needles together, what was read and kept; nothing where no text was read."""
+    cells = [cell for cell in result["cells"] if BITS in cell]
     dense = {cell["length"]: cell for cell in cells if cell["system"] == "dense"}
     names = list(dict.fromkeys(task for cell in cells for task in cell.get("tasks", {})))
     together = any(row["measure"] == TOGETHER for row in result["comparisons"])

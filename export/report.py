@@ -205,8 +205,7 @@ def _text(measurements: Mapping[str, Any]) -> str:
     if search is not None:
         used.append(["sharing", "search", _windows(search["windows"], search["context"], search["rows"])])
     if trained is not None:
-        for lesson in trained.get("lessons", [trained]):
-            used.append(["weights", "train", _windows(lesson["windows"], lesson["context"], lesson["rows"])])
+        used.append(["weights", "train", _windows(trained["windows"], trained["context"], trained["rows"])])
         used.append(["which weights", "search", f"{plural(len(trained['checks']), 'check')} on windows as long"])
     used.append(["gate", _split_name("heldout"), _windows(gate["windows"], gate["context"], gate["decode_rows"])])
     return section(

@@ -31,7 +31,7 @@ def training(run: Mapping[str, Any]) -> str:
         ),
         facts(
             [
-                *(("windows", _lesson(lesson)) for lesson in run.get("lessons", [run])),
+                ("windows", _windows(run)),
                 ("read", f"{plural(len(losses), 'step')}, {count(run['tokens'])} tokens"),
                 ("teacher", f"its top tokens hold {percent(run['teacher_mass'])} of its probability"),
             ]
@@ -74,13 +74,10 @@ def pass_costs(measurements: Mapping[str, Any]) -> str:
     )
 
 
-def _lesson(lesson: Mapping[str, Any]) -> str:
-    windows, context, rows = count(lesson["windows"]), count(lesson["context"]), count(lesson["rows"])
+def _windows(run: Mapping[str, Any]) -> str:
+    windows, context, rows = count(run["windows"]), count(run["context"]), count(run["rows"])
     said = f"{windows} of {context} tokens, the last {rows} rows of each as decode rows; "
-    said += f"{count(lesson['with_questions'])} with hidden facts that are asked for"
-    return said + (
-        f", {count(lesson['written'])} that end with the dense model's text" if lesson.get("written") else ""
-    )
+    return said + f"{count(run['with_questions'])} with hidden facts that are asked for"
 
 
 def _of(run: Mapping[str, Any]) -> str:

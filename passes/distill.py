@@ -8,7 +8,7 @@ frozen). What the papers leave open and what is chosen here: docs/passes/distill
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from sparsec.calibrate import ranks
 from sparsec.calibrate.distillation import Lesson, Settings, distill, hold_out, precision
-from sparsec.calibrate.long_decode import continued
 from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.teacher import TopK, identity, read_kept, save_kept, top_k, weights_digest
@@ -32,8 +31,6 @@ from sparsec.plugins.fused import fused_layers
 from sparsec.plugins.runtime import applied
 
 LONGEST = 16384  # tokens a window, unless asked for: activations grow with it
-WRITING = 16 << 30  # bytes of the dense model's cache where it writes, at most
-SHORTEST = 256  # tokens of the shortest of several lengths
 LEAST_WINDOWS = 4  # of the train text, that a length is taken for all of them
 
 
@@ -77,24 +74,18 @@ class Distill(Pass):
     reach: float = Field(
         default=1.0, gt=0, le=1, description="tokens a window, as a share of what the model reads, at most 16384"
     )
-    lengths: int = Field(
-        default=1, ge=1, le=4, description="windows of the context, of half of it and so on, that take turns"
-    )
     rows: int = Field(default=512, ge=16, description="last tokens of a window, run as decode rows (the paper: 300)")
     labels: float | None = Field(
-        default=None, ge=0, le=1, description="share of the loss that these rows carry; null: every row counts alike"
+        default=None,
+        ge=0,
+        le=1,
+        description="share of the loss on answers, and on these rows of natural windows; null: all rows count alike",
     )
     windows: int | None = Field(
         default=None, ge=1, description="different windows, each read by the teacher once; null: none trains twice"
     )
     questions: float = Field(
         default=0.5, ge=0, le=1, description="share of windows with hidden facts that are asked for"
-    )
-    written: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="share of the shortest natural windows that end with what the dense model writes (greedily)",
     )
     top_k: int = Field(default=10, ge=1, le=1024, description="teacher's tokens a row (the paper: 10)")
     rest: bool = Field(
@@ -112,8 +103,6 @@ class Distill(Pass):
     def _check(self) -> Distill:
         if self.micro_batch is not None and self.micro_batch > self.batch:
             raise ValueError(f"micro_batch {self.micro_batch} is more than batch {self.batch}: lower it")
-        if self.lengths > self.steps:
-            raise ValueError(f"{self.lengths} lengths take turns in {self.steps} steps: lower lengths or raise steps")
         return self
 
     @property
@@ -134,7 +123,7 @@ class Distill(Pass):
             )
         length = self._context(plan, calibration, int(model.config.max_position_embeddings))
         try:
-            lessons, told = self._lessons(program, calibration, length)
+            lesson, asked = self._lesson(program, calibration, length)
         except torch.OutOfMemoryError:
             raise TrainingError(
                 "asking the dense model ran out of memory: lower distill.micro_batch or distill.context"
@@ -155,7 +144,7 @@ class Distill(Pass):
             # A layer that is run again in the backward pass cannot be compiled with what its hooks write.
             nullcontext() if recomputes(model, self.checkpointing) else _fused(model),
         ):
-            outcome = distill(model, lessons, settings, state=program.scratch, listen=listen)
+            outcome = distill(model, lesson, settings, state=program.scratch, listen=listen)
         first, best = outcome.checks[0][1], min(kl for _, kl in outcome.checks)
         changed = changed_weights(model, before) if outcome.best_step else {}
         put_weights(model, before)  # what to do with a result is the caller's business
@@ -164,9 +153,12 @@ class Distill(Pass):
         measured = {
             "weights": self.weights,
             "tier": self.tier_of_run(),
-            "lessons": told,
+            "context": length,
+            "rows": lesson.rows,
+            "windows": len(lesson.tokens),
+            "with_questions": asked,
             "tokens": outcome.tokens,
-            "teacher_mass": sum(lesson.taught.mass() for lesson in lessons) / len(lessons),
+            "teacher_mass": lesson.taught.mass(),
             "checks": [{"step": step, "kl": kl} for step, kl in outcome.checks],
             "kl_before": first,
             "kl_best": best,
@@ -180,9 +172,7 @@ class Distill(Pass):
     def cost(self, plan: Plan, max_positions: int) -> Cost:
         """A step is a forward and a backward, worth three forwards; the teacher reads every window once."""
         length = self.wanted_context(max_positions)
-        forwards = (
-            3 * self.steps * self.batch + self._windows + 2 * self.lengths * self.held_windows * (self.checks + 2)
-        )
+        forwards = 3 * self.steps * self.batch + self._windows + 2 * self.held_windows * (self.checks + 2)
         copies = 4 * (self.weights == "all")  # gradients, two moments, the best weights so far
         return Cost(tokens=forwards * length, resident=self._windows * length * self.top_k * 6, copies=copies)
 
@@ -198,97 +188,31 @@ class Distill(Pass):
         found = min(calibration.longest("train", wanted, LEAST_WINDOWS), calibration.longest("search", wanted))
         return max(found, 2 * plan.window.size if plan.window else 128)
 
-    def _lessons(
-        self, program: Program, calibration: Calibration, length: int
-    ) -> tuple[list[Lesson], list[dict[str, int]]]:
-        """Windows of the context, of half of it and so on, as many tokens a step of each, and the teacher's answers."""
-        model, made, told = program.model, [], []
-        draw = partial(training_windows, calibration, seed=program.seed)
-        weights = weights_digest(model) if program.scratch else ""
-        window = program.plan.window
-        # Where local heads see nearly all of a window there is little to learn, and few rows hold no question.
-        least = max(2 * window.size if window else 0, SHORTEST)
-        lengths = [i for i in range(self.lengths) if not i or length >> i >= least]
-        if len(lengths) < self.lengths:
-            note = f"{len(lengths)} of {self.lengths} take turns: a shorter window has fewer than {least} tokens"
-            program.listen(Event("lengths", note=note))
-        head = None
-        for number in lengths:
-            context = length >> number
-            rows, batch = min(self.rows, context // 4), self.batch << number
-            micro_batch = (self.micro_batch or self.batch) << number
-            count = len(range(number, self.steps, len(lengths))) * batch
-            if self.windows is not None:
-                count = min(count, max(1, (self.windows << number) // len(lengths)))
-            tokens, asked = draw("train", length=context, count=count, rows=rows, questions=self.questions)
-            written = 0
-            if self.written and number == lengths[-1]:
-                natural = (~asked).nonzero()[:, 0]
-                some = natural[: round(self.written * len(natural))]
-                written = len(some)
-                tokens = self._written(program, calibration, weights, tokens, some, rows // 2)
-            held, _ = draw("search", length=context, count=2 * self.held_windows, rows=rows, questions=0.5)
-            with _fused(model):
-                taught = self._taught(program, weights, tokens, micro_batch)
-                compared = hold_out(model, held, rows, rows, head)
-            head = compared.head
-            made.append(Lesson(tokens, taught, compared, rows, batch, micro_batch))
-            lesson = {"context": context, "rows": rows, "windows": count}
-            told.append(lesson | {"with_questions": int(asked.sum()), "written": written})
-        return made, told
+    def _lesson(self, program: Program, calibration: Calibration, length: int) -> tuple[Lesson, int]:
+        """Windows with the teacher's answers, and how many of them have questions."""
+        model, rows = program.model, min(self.rows, length // 4)
+        draw = partial(training_windows, calibration, length=length, rows=rows, seed=program.seed)
+        windows = draw("train", count=self._windows, questions=self.questions)
+        held = draw("search", count=2 * self.held_windows, questions=0.5).tokens
+        micro_batch = self.micro_batch or self.batch
+        with _fused(model):
+            taught = self._taught(program, windows.tokens, micro_batch)
+            compared = hold_out(model, held, rows, rows)
+        last = torch.arange(length) >= length - rows
+        labels = torch.where(windows.asked[:, None], windows.answers, last)
+        return Lesson(windows.tokens, labels, taught, compared, rows, self.batch, micro_batch), int(windows.asked.sum())
 
-    def _written(
-        self, program: Program, calibration: Calibration, weights: str, tokens: Tensor, some: Tensor, new: int
-    ) -> Tensor:
-        """The windows; the last ``new`` tokens of ``some`` are written by the dense model."""
-        if not len(some):
-            return tokens
-        model, shape = program.model, program.plan.model
-        row = 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens.shape[1] * model.dtype.itemsize
-
-        room = WRITING
-        if model.device.type == "cuda":
-            room = min(room, torch.cuda.mem_get_info(model.device)[0] // 4)
-
-        def write() -> dict[str, Tensor]:
-            if not ranks.is_first():  # no two devices round alike
-                return ranks.same({})
-            found = continued(
-                model,
-                calibration.tokenizer,
-                tokens[some, :-new],
-                new,
-                batch_size=max(1, min(256, room // row)),
-                listen=program.listen,
-                stage="dense text",
-            )
-            return ranks.same({"text": found})
-
-        tokens = tokens.clone()
-        tokens[some, -new:] = self._kept(program, "written", identity(weights, tokens[some], new), write)["text"]
-        return tokens
-
-    def _taught(self, program: Program, weights: str, tokens: Tensor, batch: int) -> TopK:
+    def _taught(self, program: Program, tokens: Tensor, batch: int) -> TopK:
+        """What the teacher says, kept beside the run's state so that a stopped run need not ask again."""
         model = program.model
-
-        def ask() -> dict[str, Tensor]:
-            found = top_k(model, tokens, self.top_k, batch, precision(model.device), program.listen)
-            return {"indices": found.indices, "logp": found.logp}
-
-        owner = identity(weights, tokens, self.top_k)
-        return TopK(**self._kept(program, f"teacher.{tokens.shape[1]}", owner, ask))
-
-    def _kept(
-        self, program: Program, name: str, owner: str, make: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """What the teacher said, kept beside the run's state so that a stopped run need not ask again."""
-        file = program.scratch / f"{name}.safetensors" if program.scratch else None
+        file = program.scratch / "teacher.safetensors" if program.scratch else None
+        owner = identity(weights_digest(model), tokens, self.top_k) if file else ""
         kept = read_kept(file, owner) if file and ranks.same(file.is_file()) else None
         if kept is not None:
-            return kept
-        found = make()
+            return TopK(**kept)
+        found = top_k(model, tokens, self.top_k, batch, precision(model.device), program.listen)
         if file is not None and ranks.is_first():
-            save_kept(file, found, owner)
+            save_kept(file, {"indices": found.indices, "logp": found.logp}, owner)
         return found
 
 

@@ -84,6 +84,11 @@ class Rtpurbo(Pass):
     gate_context: int | None = Field(
         default=None, ge=128, description="tokens a window of training gates; null: as reach, at most 16384"
     )
+    gate_answers: float | None = Field(
+        default=None,
+        gt=0,
+        description="what rows that answer count beside text, a row each; null: all decode rows of their windows count",
+    )
     per_layer: int = Field(
         default=0, ge=0, description="retrieval heads that every layer has at least, beside the best ones (ours)"
     )
@@ -272,7 +277,7 @@ class Rtpurbo(Pass):
         length = self._gate_context(program, calibration, local)
         rows = min(DECODE_ROWS, length // 4)
         count = units_kept(self.ratio, shape, allowed, self.granularity)
-        windows, asked = training_windows(
+        windows = training_windows(
             calibration,
             "train",
             length=length,
@@ -284,11 +289,11 @@ class Rtpurbo(Pass):
         gates = learn_gates(
             program.model,
             windows,
-            asked,
             local,
             count=count,
             unit=unit_of(shape, self.granularity),
             rows=rows,
+            answers=self.gate_answers,
             seed=program.seed,
             listen=program.listen,
         )

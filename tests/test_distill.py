@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +26,6 @@ from sparsec.calibrate.distillation import (
     row_weights,
     student_hidden,
 )
-from sparsec.calibrate.long_decode import continued
 from sparsec.calibrate.needles import ordinary_words
 from sparsec.calibrate.questions import training_windows
 from sparsec.calibrate.splits import Calibration
@@ -64,10 +61,11 @@ def program(tiny_deep: Path, calibration: Calibration, tiny_options: dict[str, d
 
 @pytest.fixture(scope="module")
 def lesson(program: Program, calibration: Calibration) -> Lesson:
-    tokens, _ = training_windows(calibration, "train", length=256, count=4, rows=ROWS, questions=0.0, seed=0)
-    held, _ = training_windows(calibration, "search", length=256, count=2, rows=ROWS, questions=0.0, seed=0)
+    draw = partial(training_windows, calibration, length=256, rows=ROWS, questions=0.0, seed=0)
+    tokens, held = draw("train", count=4).tokens, draw("search", count=2).tokens
     taught = top_k(program.model, tokens, 10, 2, torch.no_grad, silent)
-    return Lesson(tokens, taught, hold_out(program.model, held, ROWS, ROWS), rows=ROWS, batch=2, micro_batch=1)
+    labels = (torch.arange(256) >= 256 - ROWS).expand(4, 256)
+    return Lesson(tokens, labels, taught, hold_out(program.model, held, ROWS, ROWS), ROWS, batch=2, micro_batch=1)
 
 
 def settings(**changes: Any) -> Settings:
@@ -126,7 +124,7 @@ def test_training_brings_the_sparse_model_nearer_to_the_dense_one(program: Progr
             indexers = [p.requires_grad for n, p in program.model.named_parameters() if ".indexer." in n]
             outcome = distill(
                 program.model,
-                [lesson],
+                lesson,
                 settings(steps=24, lr=1e-3 if kind == "lora" else 1e-4),
                 state=None,
                 listen=silent,
@@ -151,7 +149,7 @@ def test_small_steps_are_not_lost_in_a_small_dtype(program: Program, lesson: Les
     with applied(model, program.plan, program.tensors), trainable(model, "all", 8, None):
         assert {w.dtype for w in model.parameters()} == {torch.float32}
         started = copied_weights(model)
-        distill(model, [lesson], settings(lr=3e-6, warmup=0), state=None, listen=silent)
+        distill(model, lesson, settings(lr=3e-6, warmup=0), state=None, listen=silent)
         moved = changed_weights(model, started)
     assert set(moved) == {name for name in before if ".indexer." not in name}
     assert {w.dtype for w in model.parameters()} == {torch.bfloat16}
@@ -160,7 +158,7 @@ def test_small_steps_are_not_lost_in_a_small_dtype(program: Program, lesson: Les
 def test_a_run_that_gets_worse_or_diverges_keeps_the_weights(program: Program, lesson: Lesson) -> None:
     before = copied_weights(program.model)
     with applied(program.model, program.plan, program.tensors), trainable(program.model, "all", 8, None):
-        outcome = distill(program.model, [lesson], settings(lr=30.0, warmup=0), state=None, listen=silent)
+        outcome = distill(program.model, lesson, settings(lr=30.0, warmup=0), state=None, listen=silent)
     assert outcome.best_step == 0
     assert not changed_weights(program.model, before)
 
@@ -172,14 +170,14 @@ def test_a_stopped_run_continues_to_the_same_weights(program: Program, lesson: L
         with applied(program.model, program.plan, program.tensors), trainable(program.model, "all", 8, None):
             if stop is not None:
                 run = _Run(program.model, settings(), folder)
-                run.check([lesson], silent)
+                run.check(lesson, silent)
                 for step in range(stop):
-                    run.advance(step, [lesson])
+                    run.advance(step, lesson)
                     if step + 1 in run.when:
-                        run.check([lesson], silent)
+                        run.check(lesson, silent)
                 run.save()
                 put_weights(program.model, before)
-            outcome = distill(program.model, [lesson], settings(), state=folder, listen=silent)
+            outcome = distill(program.model, lesson, settings(), state=folder, listen=silent)
         found = copied_weights(program.model)
         put_weights(program.model, before)
         return found, outcome
@@ -199,7 +197,7 @@ def test_a_damaged_training_state_is_refused_with_the_way_out(program: Program, 
         trainable(program.model, "all", 8, None),
         pytest.raises(TrainingError, match=r"damaged .*: delete it"),
     ):
-        distill(program.model, [lesson], settings(), state=tmp_path, listen=silent)
+        distill(program.model, lesson, settings(), state=tmp_path, listen=silent)
 
 
 def test_a_teacher_of_another_model_is_refused(program: Program, lesson: Lesson, tmp_path: Path) -> None:
@@ -232,62 +230,51 @@ def test_running_out_of_memory_names_what_to_lower(
         trainable(program.model, "all", 8, None),
         pytest.raises(TrainingError, match=r"lower distill\.micro_batch or distill.context"),
     ):
-        distill(program.model, [lesson], settings(), state=None, listen=silent)
+        distill(program.model, lesson, settings(), state=None, listen=silent)
 
 
 def test_questions_lie_in_the_decode_rows_and_their_facts_before(calibration: Calibration) -> None:
-    windows, asked = training_windows(calibration, "train", length=700, count=4, rows=200, questions=0.5, seed=2)
-    assert windows.shape == (4, 700)
-    assert asked.tolist() == [False, True, False, True]
-    plain, none = training_windows(calibration, "train", length=700, count=4, rows=200, questions=0.0, seed=2)
-    assert not none.any()
-    assert torch.equal(windows[~asked], plain[~asked])
-    assert not torch.equal(windows[asked], plain[asked])
+    draw = partial(training_windows, calibration, "train", length=700, count=4, rows=200, seed=2)
+    windows, plain = draw(questions=0.5), draw(questions=0.0)
+    assert windows.tokens.shape == windows.answers.shape == (4, 700)
+    assert windows.asked.tolist() == [False, True, False, True]
+    assert not plain.asked.any()
+    assert not plain.answers.any()
+    assert torch.equal(windows.tokens[~windows.asked], plain.tokens[~windows.asked])
+    assert not torch.equal(windows.tokens[windows.asked], plain.tokens[windows.asked])
 
 
-def test_lengths_take_turns_and_some_windows_end_with_the_dense_models_text(
-    program: Program, calibration: Calibration, tmp_path: Path
-) -> None:
-    options = Distill(
-        weights="all", steps=5, batch=1, context=512, lengths=2, rows=64, written=0.5, held_windows=1, checks=1
-    )
-    result = options.run(replace(program, scratch=tmp_path), calibration)
-    longer, shorter = result.measured["lessons"]
-    assert (longer["context"], longer["windows"], longer["written"]) == (512, 3, 0)
-    assert (shorter["context"], shorter["windows"], shorter["with_questions"], shorter["written"]) == (256, 4, 2, 1)
-    assert result.measured["tokens"] == 5 * 512
-    windows, asked = training_windows(calibration, "train", length=256, count=4, rows=64, questions=0.5, seed=3)
-    [text] = load_file(tmp_path / "written.safetensors")["text"]
-    natural = windows[~asked][0]
-    assert torch.equal(text, continued(program.model, calibration.tokenizer, natural[None, :-32], 32)[0])
-    assert not torch.equal(text, natural[-32:])
-    again = options.run(replace(program, scratch=tmp_path), calibration)
-    assert again.measured["losses"] == result.measured["losses"]
+def test_answers_are_what_the_facts_said_and_the_rows_before_them_are_marked(calibration: Calibration) -> None:
+    windows = training_windows(calibration, "train", length=900, count=6, rows=200, questions=1.0, seed=4)
+    for tokens, answers in zip(windows.tokens, windows.answers, strict=True):
+        rows = answers.nonzero()[:, 0].tolist()
+        assert rows[0] >= 900 - 200 - 1
+        runs = [[rows[0]]]
+        for row in rows[1:]:
+            if row == runs[-1][-1] + 1:
+                runs[-1].append(row)
+            else:
+                runs.append([row])
+        facts = calibration.tokenizer.decode(tokens[: rows[0]])
+        for run in runs:
+            answer = calibration.tokenizer.decode(tokens[run[0] + 1 : run[-1] + 2])
+            assert answer.startswith(" ")
+            assert answer[1:] in facts
+        assert calibration.tokenizer.decode(tokens[runs[-1][-1] + 2 :]) == ".\n"
 
 
-def test_lengths_that_the_text_is_too_short_for_are_left_out_and_said(
-    program: Program, calibration: Calibration
-) -> None:
-    said: list[str] = []
-    options = Distill(weights="all", steps=2, batch=1, context=256, lengths=2, rows=64, held_windows=1, checks=1)
-    listening = replace(program, listen=lambda event: said.append(event.note or ""))
-    result = options.run(listening, calibration)
-    assert [lesson["context"] for lesson in result.measured["lessons"]] == [256]
-    assert any("1 of 2 take turns" in line for line in said)
-    assert 0 < result.measured["teacher_mass"] <= 1
-
-
-def test_more_lengths_than_steps_are_refused() -> None:
-    with pytest.raises(ValidationError, match="3 lengths take turns in 2 steps"):
-        Distill(lengths=3, steps=2)
-
-
-def test_decode_rows_carry_the_share_of_the_loss_that_they_are_given() -> None:
-    assert torch.allclose(row_weights(100, 20, None), torch.full((100,), 0.01))
-    weights = row_weights(100, 20, 0.5)
-    assert float(weights.sum()) == pytest.approx(1)
-    assert float(weights[-20:].sum()) == pytest.approx(0.5)
-    assert float(row_weights(100, 20, 1.0)[:80].sum()) == 0
+def test_label_rows_carry_the_share_of_the_loss_that_they_are_given(program: Program, calibration: Calibration) -> None:
+    labels = torch.zeros(2, 100, dtype=torch.bool)
+    labels[0, 80:], labels[1, 90:92] = True, True
+    assert torch.allclose(row_weights(labels, None), torch.full((2, 100), 0.01))
+    weights = row_weights(labels, 0.5)
+    assert torch.allclose(weights.sum(1), torch.ones(2))
+    assert torch.allclose((weights * labels).sum(1), torch.full((2,), 0.5))
+    assert float((row_weights(labels, 1.0) * ~labels).sum()) == 0
+    lesson, asked = Distill(steps=2, batch=2, context=512, rows=128, held_windows=1)._lesson(program, calibration, 512)
+    assert asked == 2
+    assert lesson.labels.sum(1).tolist()[::2] == [128, 128]
+    assert all(0 < count < 128 for count in lesson.labels.sum(1).tolist()[1::2])
 
 
 def test_held_out_words_are_no_words_of_training(calibration: Calibration) -> None:

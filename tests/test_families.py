@@ -23,6 +23,7 @@ from transformers import (
 
 from sparsec.calibrate import head_gates
 from sparsec.calibrate.capture import Captured, capture
+from sparsec.calibrate.questions import Windows
 from sparsec.errors import PlanError, SourceError
 from sparsec.events import silent
 from sparsec.passes.split import split_plan
@@ -131,8 +132,10 @@ def test_gates_that_are_shut_or_open_are_the_split(model: Any, ids: Tensor, unit
     with head_gates._gated(model):
         found = head_gates._hidden(model, ids[:1], torch.arange(TOKENS), head_gates._Mixing(local, values))
     torch.testing.assert_close(found, true, atol=1e-4, rtol=1e-4)
-    asked = torch.tensor([False, True])
-    gates = head_gates.learn_gates(model, ids, asked, local, count=2, unit=unit, rows=8, seed=0, listen=silent)
+    windows = Windows(ids, torch.tensor([False, True]), torch.zeros_like(ids, dtype=torch.bool))
+    gates = head_gates.learn_gates(
+        model, windows, local, count=2, unit=unit, rows=8, answers=None, seed=0, listen=silent
+    )
     native = native_local_layers(model.config)
     assert all(bool(torch.isfinite(row).all()) == (i not in native) for i, row in enumerate(gates.scores))
 

@@ -11,6 +11,7 @@ from contract_plans import sharp_model
 
 from sparsec.calibrate import head_gates
 from sparsec.calibrate.head_gates import NAME, budgeted, learn_gates
+from sparsec.calibrate.questions import Windows
 from sparsec.errors import TrainingError
 from sparsec.events import silent
 from sparsec.passes.split import by_layer, split_plan
@@ -19,6 +20,7 @@ from sparsec.plugins.families import attention_modules, shape_of
 from sparsec.plugins.runtime import applied
 
 LENGTH = 96
+GIVEN: dict[str, Any] = {"rows": 24, "seed": 0, "listen": silent}
 
 
 def plans(model: Any) -> tuple[Plan, Plan]:
@@ -33,6 +35,12 @@ def make_model() -> Any:
 
 def ids(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 97, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def windows(count: int, seed: int = 0) -> Windows:
+    """Every other one with answers near its end."""
+    asked = torch.arange(count) % 2 == 1
+    return Windows(ids(count, seed), asked, asked[:, None] & (torch.arange(LENGTH) >= LENGTH - 12))
 
 
 def test_gates_mix_what_will_run(model: Any) -> None:
@@ -67,7 +75,8 @@ def test_gates_add_up_and_so_does_their_gradient(temperature: float) -> None:
     assert gradient.abs().max() < 1e-4, "what one gate gains the others lose"
 
 
-def test_heads_that_matter_stay_open(model: Any) -> None:
+@pytest.mark.parametrize("answers", [None, 0.5])
+def test_heads_that_matter_stay_open(model: Any, answers: float | None) -> None:
     """All heads but two write next to nothing: the gates of those two are worth opening."""
     _, local = plans(model)
     shape = local.model
@@ -78,8 +87,7 @@ def test_heads_that_matter_stay_open(model: Any) -> None:
                 if (layer, head) not in planted:
                     module.o_proj.weight[:, head * shape.head_dim : (head + 1) * shape.head_dim] *= 0.02
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    windows, asked = ids(60, seed=2), torch.arange(60) % 2 == 1
-    gates = learn_gates(model, windows, asked, local, count=2, unit=1, rows=24, seed=0, listen=silent)
+    gates = learn_gates(model, windows(60, seed=2), local, count=2, unit=1, answers=answers, **GIVEN)
     best = gates.scores.flatten().topk(2).indices.tolist()
     assert {(at // shape.heads, at % shape.heads) for at in best} == planted
     assert len(gates.text) == len(gates.answers) == 30
@@ -93,15 +101,7 @@ def test_whole_groups_and_layers_that_are_not_split(model: Any) -> None:
     layers = [layer.model_dump() for layer in local.layers]
     layers[1]["heads"] = None
     gates = learn_gates(
-        model,
-        ids(4, seed=3),
-        torch.arange(4) % 2 == 1,
-        local.edit(layers=layers),
-        count=2,
-        unit=local.model.group,
-        rows=24,
-        seed=0,
-        listen=silent,
+        model, windows(4, seed=3), local.edit(layers=layers), count=2, unit=local.model.group, answers=None, **GIVEN
     )
     assert gates.scores.shape == (local.model.layers, local.model.kv_heads)
     assert (gates.scores[1] == -math.inf).all()
@@ -113,5 +113,5 @@ def test_a_loss_that_is_not_finite_says_what_to_do(model: Any) -> None:
     with torch.no_grad():
         model.get_decoder().norm.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="choose=needles"):
-        learn_gates(model, ids(2), torch.tensor([False, True]), local, count=2, unit=1, rows=24, seed=0, listen=silent)
+        learn_gates(model, windows(2), local, count=2, unit=1, answers=None, **GIVEN)
     assert model.config._attn_implementation != NAME

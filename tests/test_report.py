@@ -227,10 +227,7 @@ def _search_measured() -> dict[str, Any]:
 def _training_measured() -> dict[str, Any]:
     checks = [{"step": step, "kl": kl} for step, kl in ((0, 0.12), (2, 0.06), (4, 0.07))]
     return {
-        "weights": "lora", "tier": "minutes", "lessons": [
-            {"context": 2048, "rows": 512, "windows": 16, "with_questions": 8, "written": 0},
-            {"context": 1024, "rows": 256, "windows": 32, "with_questions": 16, "written": 4},
-        ],
+        "weights": "lora", "tier": "minutes", "context": 2048, "rows": 512, "windows": 16, "with_questions": 8,
         "tokens": 32768, "teacher_mass": 0.87, "checks": checks, "kl_before": 0.12, "kl_best": 0.06, "best_step": 2,
         "diverged": False, "losses": [0.11, 0.08, 0.06, 0.05], "changed_tensors": 42,
     }  # fmt: skip

@@ -59,8 +59,7 @@ def program(tiny_deep: Path, calibration: Calibration) -> Program:
 
 @pytest.fixture(scope="module")
 def tokens(calibration: Calibration) -> Tensor:
-    found, _ = training_windows(calibration, "train", length=LENGTH, count=4, rows=ROWS, questions=0.0, seed=0)
-    return found
+    return training_windows(calibration, "train", length=LENGTH, count=4, rows=ROWS, questions=0.0, seed=0).tokens
 
 
 def paths(run: Callable[[Step], Any], step: Step) -> dict[tuple[int, str], Tensor]:
@@ -89,15 +88,16 @@ def test_lora_learns_under_routing_and_leaves_routers_and_forecasters(
 ) -> None:
     model, before = program.model, copied_weights(program.model)
     taught = top_k(model, tokens, 10, 2, torch.no_grad, silent)
-    held_tokens, _ = training_windows(calibration, "search", length=LENGTH, count=2, rows=ROWS, questions=0.0, seed=0)
-    held = hold_out(model, held_tokens, ROWS, ROWS)
+    other = training_windows(calibration, "search", length=LENGTH, count=2, rows=ROWS, questions=0.0, seed=0)
+    held = hold_out(model, other.tokens, ROWS, ROWS)
     try:
         with applied(model, program.plan, program.tensors):
             with trainable(model, "lora", 8, None):
                 assert not [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
                 settings = Settings(steps=24, lr=1e-3, warmup=2, checks=4)
-                lesson = Lesson(tokens, taught, held, rows=ROWS, batch=2, micro_batch=2)
-                outcome = distill(model, [lesson], settings, state=None, listen=silent)
+                labels = torch.zeros_like(tokens, dtype=torch.bool)
+                lesson = Lesson(tokens, labels, taught, held, rows=ROWS, batch=2, micro_batch=2)
+                outcome = distill(model, lesson, settings, state=None, listen=silent)
             kept = added_tensors(model)
         assert outcome.best_step > 0
         assert min(kl for _, kl in outcome.checks) < outcome.checks[0][1]
