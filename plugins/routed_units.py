@@ -80,7 +80,9 @@ class Affine(nn.Module):
         return F.linear(x, *self.cast(x))
 
     def cast(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The parameters in x's dtype, cast once."""
+        """The parameters in x's dtype, cast once, and again when they have learnt."""
+        if self.weight.requires_grad:
+            self.copies.clear()
         if x.dtype == self.weight.dtype or self.weight.requires_grad:
             return self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         key = (x.dtype, x.device)
@@ -125,6 +127,7 @@ class Router(nn.Module):
 
     def _score(self, x: Tensor) -> Tensor:
         if self.linear.weight.requires_grad:
+            self.copies.clear()
             score = self.linear(x)
             if self.inner is not None and self.out is not None:
                 score = score + self.out(F.relu(self.inner(x)))
@@ -136,7 +139,7 @@ class Router(nn.Module):
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """All that reads the state as one product: weight [1 + hidden, width], bias [1 + hidden], factors [hidden].
 
-        Put together once: a router that runs does not learn.
+        Put together once, and again when they have learnt.
         """
         device = self.linear.weight.device
         if device not in self.copies:

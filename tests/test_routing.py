@@ -16,7 +16,7 @@ from sparsec.plan import Plan
 from sparsec.plugins import runtime as runtime_of_plans
 from sparsec.plugins.families import base_plan, unit_modules
 from sparsec.plugins.kernels.support import interpreted
-from sparsec.plugins.routed_units import is_added
+from sparsec.plugins.routed_units import Forecaster, Router, forecaster_shapes, is_added, router_shapes
 from sparsec.plugins.routing import UnitRuntime, install_routing
 from sparsec.plugins.runtime import added_tensors, applied, new_cache, rows_as, stepping, tensor_names, use_kernels
 from sparsec.plugins.step import Step
@@ -286,6 +286,22 @@ def test_a_decode_step_that_agrees_reads_no_weights(model: Any, plan: Plan, ids:
         assert not any((layer, name) in given for name in mine)
         if unit == "attention":
             assert given[layer, "k_proj"] == [len(ids)], "keys and values are written all the same"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_unit_that_has_learnt_forgets_what_it_was(dtype: torch.dtype) -> None:
+    unit = Forecaster({name: torch.ones(shape) for name, shape in forecaster_shapes(6, 2).items()}, "silu")
+    router = Router({name: torch.ones(shape) for name, shape in router_shapes(6, 3).items()})
+    x = torch.ones(4, 6, dtype=dtype)
+    for part in (unit, router):
+        before = part(x)
+        part.requires_grad_(True)
+        part(x).float().sum().backward()
+        with torch.no_grad():
+            for weight in part.parameters():
+                weight.mul_(2)
+        part.requires_grad_(False)
+        assert (part(x) > before).all()
 
 
 def test_rank_zero_skips(model: Any, ids: Tensor) -> None:
