@@ -18,6 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
+from sparsec.plugins.device import device_name
+
 RESULTS = "benchmarks/results"
 COMPILE = "compile demo --calibration texts/train --device cuda --tier hours"
 ON = "--text texts/eval --device cuda --dtype bfloat16 --kernels auto"
@@ -67,16 +71,16 @@ def jobs(scratch: Path) -> list[Job]:
     for n in reversed(ALL):
         found.append(part(f"trained-{n}", f"out/distilled {PAIR}", PASSES, n, "distilled", f"passes-{n}"))
         found.append(part(f"multi-{n}", f"out/distilled {PAIR}", MULTI, n, "distilled"))
-    parts = tuple(job.name for job in found)
     whole = (
-        ("distill-demo", "out/rtpurbo out/razor out/distilled", PASSES, ALL),
-        ("multi-demo", f"out/distilled {PAIR}", MULTI, ALL),
-        ("long-decode-demo", f"out/distilled {PAIR}", DECODE, SHORT),
+        ("distill-demo", "out/rtpurbo out/razor out/distilled", PASSES, ALL, ("passes", "trained")),
+        ("multi-demo", f"out/distilled {PAIR}", MULTI, ALL, ("multi",)),
+        ("long-decode-demo", f"out/distilled {PAIR}", DECODE, SHORT, ("decode",)),
     )
-    for name, of, how, lengths in whole:
+    for name, of, how, lengths, parts in whole:
         call = f"eval {of} --lengths {','.join(lengths)} {how} -o {RESULTS}/{name}.json"
-        found.append(Job(name, call, parts))
-    return [*found, Job("bench-demo", f"{TIMED} -o {RESULTS}/bench-demo.json", parts, alone=True)]
+        found.append(Job(name, call, tuple(f"{each}-{n}" for each in parts for n in lengths)))
+    everything = tuple(job.name for job in found)
+    return [*found, Job("bench-demo", f"{TIMED} -o {RESULTS}/bench-demo.json", everything, alone=True)]
 
 
 @dataclass
@@ -111,8 +115,9 @@ class Runs:
             )
         self.running[job.name] = (job, gpu, started)
 
-    def collect(self, logs: Path) -> None:
-        """Those that ended; the first failure ends all."""
+    def collect(self, logs: Path) -> list[str]:
+        """The names of those that ended; the first failure ends all."""
+        ended = []
         for name, (_, _, process) in list(self.running.items()):
             if process.poll() is None:
                 continue
@@ -122,6 +127,8 @@ class Runs:
                     other.terminate()
                 sys.exit(f"{name} failed:\n{(logs / name).read_text(errors='replace')[-2000:]}")
             self.done.add(name)
+            ended.append(name)
+        return ended
 
 
 def write_stages(scratch: Path) -> None:
@@ -140,12 +147,11 @@ def write_stages(scratch: Path) -> None:
         one["name"]: one["measured"] for one in json.loads((artifact / "measurements.json").read_text())["passes"]
     }
     manifest = json.loads((artifact / "manifest.json").read_text())
-    timed = json.loads(Path(f"{RESULTS}/bench-demo.json").read_text())
     found = {name: measured["rtpurbo"][name] for name in ("kept_heads", "gates", "causal_check", "rank_stability")}
     written = {
         "command": f"sparsec {COMPILE} --passes rtpurbo,distill -o out/distilled",
         "note": "stage 1 and 2 one after the other, the first one stored by a compile of rtpurbo alone",
-        "device": timed["device"],
+        "device": device_name(torch.device("cuda")),
         "versions": manifest["versions"],
         "seed": manifest["recipe"]["seed"],
         "seconds_by_stage": stages,
@@ -177,8 +183,8 @@ def main() -> None:
                     waiting.remove(job)
                     runs.start(job, gpu, scratch / job.name)
             time.sleep(1)
-            runs.collect(scratch)
-        write_stages(scratch)
+            if "distilled" in runs.collect(scratch):
+                write_stages(scratch)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,12 @@ def demo_source(cache_dir: Path) -> Source:
     return open_source("demo", cache_dir=cache_dir)
 
 
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[..., Source]:
+    """``opened(spec, ...)``: a source whose cache is the test's own."""
+    return lambda spec, **more: open_source(str(spec), cache_dir=tmp_path / "cache", **more)
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``make_checkpoint(config, seed=0, **save)``: a folder with a random model and a tokenizer.

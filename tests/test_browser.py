@@ -43,7 +43,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Brows
 @pytest.fixture(scope="module")
 def pages(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The page of a compile, and one with everything that can be measured behind it."""
-    from test_report_more import EVALUATED, MERGED, TIMED
+    from test_report_beside import EVALUATED, MERGED, TIMED
 
     plan, made = read_plan(tiny_artifact), read_json(tiny_artifact / MANIFEST)
     measurements = copy.deepcopy(read_json(tiny_artifact / MEASUREMENTS))

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import http.server
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from opening import Opened, edit, logits, refusal, tiny_config
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from sparsec.compiler.filehash import hash_files
-from sparsec.compiler.gguf import unpack
 from sparsec.compiler.source import Source, load_model, load_tokenizer, open_source, weight_files
-from sparsec.errors import SourceError, SparsecError, UsageError
+from sparsec.errors import UsageError
 
-Opened = Callable[..., Source]
 Damage = Callable[[Path], object]
 
 
@@ -34,34 +28,6 @@ Damage = Callable[[Path], object]
 def folder(tiny_llama: Path, tmp_path: Path) -> Path:
     """A copy of the tiny Llama that a test may damage."""
     return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-
-
-@pytest.fixture
-def opened(tmp_path: Path) -> Opened:
-    return lambda spec, **more: open_source(str(spec), cache_dir=tmp_path / "cache", **more)
-
-
-def edit(file: Path, **changes: Any) -> None:
-    """Set keys of a JSON file; None drops one."""
-    data = json.loads(file.read_text()) if file.is_file() else {}
-    data = {key: value for key, value in {**data, **changes}.items() if value is not None}
-    file.write_text(json.dumps(data))
-
-
-def refusal(call: Callable[[], object], kind: type[SparsecError] = SourceError) -> str:
-    """The message of the error that ``call`` raises: one line that says what to do after its last colon."""
-    with pytest.raises(kind) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message.rpartition(": ")[2].split()) >= 2
-    return message
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        output: torch.Tensor = model(torch.arange(20)[None]).logits
-    return output
 
 
 # A local folder
@@ -436,173 +402,6 @@ def test_the_model_goes_to_the_gpu(tiny_llama: Path, opened: Opened, device: str
     assert {p.device for p in model.parameters()} == {torch.device("cuda:0")}
 
 
-# GGUF
-
-
-def tiny_config(**more: Any) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        **more,
-    )
-
-
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers.0.input_layernorm": "blk.0.attn_norm",
-    "model.layers.0.post_attention_layernorm": "blk.0.ffn_norm",
-    "model.layers.0.self_attn.q_proj": "blk.0.attn_q",
-    "model.layers.0.self_attn.k_proj": "blk.0.attn_k",
-    "model.layers.0.self_attn.v_proj": "blk.0.attn_v",
-    "model.layers.0.self_attn.o_proj": "blk.0.attn_output",
-    "model.layers.0.mlp.gate_proj": "blk.0.ffn_gate",
-    "model.layers.0.mlp.up_proj": "blk.0.ffn_up",
-    "model.layers.0.mlp.down_proj": "blk.0.ffn_down",
-}
-
-
-@pytest.fixture(scope="session")
-def llama_of_one_layer(make_checkpoint: Callable[..., Path]) -> Path:
-    return make_checkpoint(tiny_config())
-
-
-def write_gguf(checkpoint: Path, file: Path, leave_out: str = "") -> Path:
-    """The checkpoint as llama.cpp stores it: its names, and rotary pairs side by side, not in halves."""
-    gguf = pytest.importorskip("gguf", reason="needs sparsec[gguf]")
-    names = json.loads((checkpoint / "tokenizer.json").read_text())["model"]["vocab"]
-    tokens = [*sorted(names, key=names.__getitem__), "ĠĠ", "ĊĊ", *(f"[PAD{i}]" for i in range(11))]
-    out = gguf.GGUFWriter(file, "llama")
-    for key, value in {
-        "block_count": 1,
-        "context_length": 128,
-        "embedding_length": 32,
-        "feed_forward_length": 64,
-        "head_count": 4,
-        "head_count_kv": 2,
-        "vocab_size": 272,
-        "layer_norm_rms_eps": 1e-6,
-        "rope_freq_base": 10000.0,
-        "rope_dimension_count": 8,
-        "tokenizer_model": "gpt2",
-        "tokenizer_pre": "smollm",
-        "token_list": tokens,
-        "token_types": [3] * 3 + [1] * 258 + [5] * 11,
-        "token_merges": ["Ġ Ġ", "Ċ Ċ"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }.items():
-        getattr(out, f"add_{key}")(value)
-    out.add_string("general.license", "mit")
-    for name, tensor in load_file(checkpoint / "model.safetensors").items():
-        stored = GGUF_NAMES[name.removesuffix(".weight")]
-        if stored == leave_out:
-            continue
-        heads = {"blk.0.attn_q": 4, "blk.0.attn_k": 2}.get(stored)
-        if heads:
-            tensor = tensor.view(heads, 2, 4, 32).transpose(1, 2).reshape(tensor.shape)  # noqa: PLW2901
-        out.add_tensor(f"{stored}.weight", tensor.numpy())
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
-    return file
-
-
-def test_a_gguf_file_opens_as_the_model_it_was_made_from(
-    llama_of_one_layer: Path, tmp_path: Path, opened: Opened, capfd: pytest.CaptureFixture[str]
-) -> None:
-    file = write_gguf(llama_of_one_layer, tmp_path / "tiny.gguf")
-    capfd.readouterr()
-    lines: list[str] = []
-    source = opened(file, progress=lines.append)
-    model = load_model(source)
-    assert (source.kind, source.license, source.base_model) == ("gguf", "mit", None)
-    assert "unpacking tiny.gguf" in lines[0]
-    assert capfd.readouterr() == ("", "")
-    assert torch.allclose(logits(model), logits(AutoModelForCausalLM.from_pretrained(llama_of_one_layer)), atol=1e-6)
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "cache", file]
-    assert (model.config.max_position_embeddings, load_tokenizer(source).model_max_length) == (128, 128)
-
-
-def test_digits_are_split_as_the_gguf_says(llama_of_one_layer: Path, tmp_path: Path, opened: Opened) -> None:
-    tokenizer = load_tokenizer(opened(write_gguf(llama_of_one_layer, tmp_path / "tiny.gguf")))
-    # Splitting as GPT-2 does would leave the second blank to the digit, and the merge of two blanks unused.
-    assert tokenizer.tokenize("  12") == ["ĠĠ", "1", "2"]
-
-
-def test_a_gguf_file_is_unpacked_once(llama_of_one_layer: Path, tmp_path: Path, opened: Opened) -> None:
-    first = opened(write_gguf(llama_of_one_layer, tmp_path / "tiny.gguf"))
-    stamp = (first.path / "model.safetensors").stat().st_mtime_ns
-    lines: list[str] = []
-    moved = Path(shutil.copy(tmp_path / "tiny.gguf", tmp_path / "moved.gguf"))
-    second = opened(moved, progress=lines.append)
-    assert dataclasses.replace(second, spec=first.spec) == first
-    assert (second.path / "model.safetensors").stat().st_mtime_ns == stamp
-    assert lines == []
-    assert [entry.name for entry in first.path.parent.iterdir()] == [first.path.name]
-
-
-def test_the_digest_of_a_gguf_file_is_the_same_in_every_cache(
-    llama_of_one_layer: Path, tmp_path: Path, opened: Opened
-) -> None:
-    file = write_gguf(llama_of_one_layer, tmp_path / "tiny.gguf")
-    assert opened(file).digest == open_source(str(file), cache_dir=tmp_path / "other").digest
-
-
-def test_a_damaged_unpacked_copy_says_what_to_delete(llama_of_one_layer: Path, tmp_path: Path, opened: Opened) -> None:
-    file = write_gguf(llama_of_one_layer, tmp_path / "tiny.gguf")
-    path = opened(file).path
-    rewrite(lambda data: data[:-1])(path)
-    assert f"delete {path}" in refusal(lambda: opened(file))
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a gguf file at all" * 100])
-def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, opened: Opened, content: bytes) -> None:
-    file = tmp_path / "bad.gguf"
-    file.write_bytes(content)
-    assert "cannot be unpacked" in refusal(lambda: opened(file))
-    assert list((tmp_path / "cache" / "sources").iterdir()) == []
-
-
-def test_a_truncated_gguf_is_refused(llama_of_one_layer: Path, tmp_path: Path, opened: Opened) -> None:
-    file = write_gguf(llama_of_one_layer, tmp_path / "tiny.gguf")
-    file.write_bytes(file.read_bytes()[:-5000])
-    assert "cannot be unpacked" in refusal(lambda: opened(file))
-
-
-def test_a_gguf_that_lacks_a_tensor_is_refused(llama_of_one_layer: Path, tmp_path: Path, opened: Opened) -> None:
-    file = write_gguf(llama_of_one_layer, tmp_path / "tiny.gguf", leave_out="blk.0.ffn_up")
-    assert "lacks model.layers.0.mlp.up_proj.weight" in refusal(lambda: opened(file))
-
-
-def test_a_part_of_a_split_gguf_is_refused(tmp_path: Path, opened: Opened) -> None:
-    file = tmp_path / "big-00001-of-00002.gguf"
-    file.write_bytes(b"GGUF")
-    assert "--merge" in refusal(lambda: opened(file))
-
-
-def test_missing_packages_are_named_with_their_extra(
-    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'sparsec[gguf]'" in refusal(lambda: opened(tmp_path / "a.gguf"))
-    assert "pip install 'sparsec[demo]'" in refusal(lambda: opened("demo"))
-
-
-def test_a_cache_that_cannot_be_written_is_an_error(llama_of_one_layer: Path, tmp_path: Path) -> None:
-    file = write_gguf(llama_of_one_layer, tmp_path / "tiny.gguf")
-    (tmp_path / "sources").write_text("in the way")
-    assert "cannot be written" in refusal(lambda: unpack(file, "0" * 64, tmp_path, print))
-
-
 # The demo
 
 
@@ -634,171 +433,3 @@ def test_the_demo_answers_and_stops(demo_source: Source, demo_model: Any) -> Non
     answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
     assert "Paris" in answer
     assert answer.endswith("<|im_end|>")
-
-
-# The Hub
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-OPEN_MANY = """
-import json, sys
-from pathlib import Path
-from sparsec.compiler.source import open_source
-from sparsec.errors import SourceError
-for spec, revision in json.loads(sys.argv[2]):
-    try:
-        source = open_source(spec, revision=revision, cache_dir=Path(sys.argv[1]))
-        print(json.dumps([source.kind, source.revision, source.base_model, source.digest, str(source.path)]))
-    except SourceError as error:
-        print(json.dumps(str(error)))
-"""
-
-
-def open_in_new_process(home: Path, specs: list[tuple[str, str | None]], **environment: str) -> list[Any]:
-    """Each spec's source or error. The Hub's client reads its settings once: each needs a new process."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    done = subprocess.run(
-        [sys.executable, "-P", "-W", "error", "-c", OPEN_MANY, str(home / "cache"), json.dumps(specs)],
-        env={**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def lay_out_hub_cache(checkpoint: Path, home: Path, repo: str, leave_out: tuple[str, ...] = ()) -> Path:
-    """The checkpoint in the Hub's cache as a download leaves it there."""
-    model = home / "hub" / f"models--{repo.replace('/', '--')}"
-    snapshot = model / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    (model / "refs").mkdir()
-    (model / "refs" / "main").write_text(COMMIT)
-    (model / "blobs").mkdir()
-    for number, file in enumerate(sorted(checkpoint.iterdir())):
-        if file.name not in leave_out:
-            shutil.copy(file, model / "blobs" / str(number))
-            (snapshot / file.name).symlink_to(f"../../blobs/{number}")
-    return snapshot
-
-
-def test_offline_the_hub_cache_is_enough(tiny_llama: Path, tmp_path: Path, opened: Opened) -> None:
-    snapshot = lay_out_hub_cache(tiny_llama, tmp_path, "org/cached")
-    lay_out_hub_cache(tiny_llama, tmp_path, "org/partial", leave_out=("model.safetensors",))
-    by_name, by_commit, absent, partial, branch = open_in_new_process(
-        tmp_path,
-        [
-            ("org/cached", None),
-            ("org/cached", COMMIT),
-            ("org/absent", None),
-            ("org/partial", None),
-            ("org/cached", "dev"),
-        ],
-        HF_HUB_OFFLINE="1",
-    )
-    assert by_name == ["hub", COMMIT, "org/cached", opened(tiny_llama).digest, str(snapshot)]
-    assert by_commit == by_name
-    assert "HF_HUB_OFFLINE is set" in absent
-    assert "only partly in the Hub cache" in partial
-    assert "HF_HUB_OFFLINE is set" in branch
-
-
-def test_without_a_network_the_hub_is_said_not_to_answer(tmp_path: Path) -> None:
-    (message,) = open_in_new_process(tmp_path, [("org/model", None)], HF_ENDPOINT="http://127.0.0.1:9")
-    assert "check the network" in message
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as a download needs: models, a gated one, and answers for what does not exist."""
-
-    models: ClassVar[dict[str, Path]] = {}
-    fetched: ClassVar[list[str]] = []
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        api, parts = self.path.startswith("/api/"), self.path.partition("?")[0].strip("/").split("/")
-        owner, name, verb, revision, *rest = parts[2:] if api else parts
-        repo = f"{owner}/{name}"
-        folder = self.models.get(repo)
-        if folder is None:
-            self.answer(401, error="RepoNotFound")
-        elif revision not in ("main", COMMIT):
-            self.answer(404, error="RevisionNotFound")
-        elif api and verb == "revision":
-            self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
-        elif api and verb == "tree":
-            files = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
-                for f in sorted(folder.iterdir())
-            ]
-            self.answer(200, json.dumps(files).encode())
-        elif repo == "org/gated":
-            self.answer(403, error="GatedRepo")
-        else:
-            if self.command == "GET":
-                self.fetched.append(f"{repo}/{rest[0]}")
-            self.answer(200, (folder / rest[0]).read_bytes(), tag=rest[0])
-
-    def answer(self, status: int, body: bytes = b"{}", error: str = "", tag: str = "") -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", COMMIT)
-        if error:
-            self.send_header("X-Error-Code", error)
-            self.send_header("X-Error-Message", error)
-        if tag:
-            self.send_header("ETag", f'"{tag}"')
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub() -> Iterator[str]:
-    Hub.models, Hub.fetched = {}, []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_online_a_hub_model_is_pinned_and_only_what_it_needs_is_downloaded(
-    make_checkpoint: Callable[..., Path], folder: Path, tmp_path: Path, hub: str, opened: Opened
-) -> None:
-    sharded = make_checkpoint(tiny_config(), max_shard_size="40KB")
-    (sharded / "consolidated.safetensors").write_bytes(b"the same weights again")
-    (sharded / "pytorch_model.bin").write_bytes(b"the same weights pickled")
-    remote = Path(shutil.copytree(folder, tmp_path / "remote"))
-    edit(remote / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.C"})
-    pickled = Path(shutil.copytree(folder, tmp_path / "pickled"))
-    pickles_only(pickled)
-    Hub.models = {"org/sharded": sharded, "org/gated": folder, "org/remote": remote, "org/pickled": pickled}
-    good, again, gated, missing, revision, code, pickle = open_in_new_process(
-        tmp_path,
-        [
-            ("org/sharded", None),
-            ("org/sharded", COMMIT),
-            ("org/gated", None),
-            ("org/missing", None),
-            ("org/sharded", "v9"),
-            ("org/remote", None),
-            ("org/pickled", None),
-        ],
-        HF_ENDPOINT=hub,
-    )
-    assert good[:4] == ["hub", COMMIT, "org/sharded", opened(sharded).digest]
-    assert again == good
-    assert not {"org/sharded/consolidated.safetensors", "org/sharded/pytorch_model.bin"} & set(Hub.fetched)
-    assert "is gated" in gated
-    assert "no model of that name" in missing
-    assert "no revision 'v9'" in revision
-    assert "remote code is never run" in code
-    assert "org/remote/model.safetensors" not in Hub.fetched
-    assert "pickled weights are never opened" in pickle
