@@ -53,6 +53,7 @@ from sparsec.plugins.runtime import applied
 
 RESULT = Path(__file__).resolve().parent / "results" / "recipes-demo.json"
 TASKS = ("kv", "multikey", "passkey")
+KEY = ("artifact", "recipe", "steps")
 ANSWER, TEXT = 12, 256  # tokens that dense writes after a question, and after natural text
 
 
@@ -93,6 +94,7 @@ def main() -> None:
     dense = in_dtype(model, getattr(torch, asked.dtype))
     about = {
         "command": f"python benchmarks/recipes.py {shlex.join(sys.argv[1:])}",
+        "artifact": asked.artifact.name,
         "device": device_name(model.device),
         "dtype": asked.dtype,
         "versions": versions(),
@@ -185,13 +187,13 @@ def _options(recipe: str) -> dict[str, Any]:
 
 
 def _add(file: Path, row: dict[str, Any]) -> None:
-    """Another row; the one of the same recipe and steps goes."""
+    """Another row; the one of the same artifact, recipe and steps goes."""
     with open(file, "a+", encoding="utf-8") as shared:
         fcntl.flock(shared, fcntl.LOCK_EX)
         shared.seek(0)
         text = shared.read()
         rows = json.loads(text)["rows"] if text else []
-        rows = [one for one in rows if (one["recipe"], one.get("steps")) != (row["recipe"], row.get("steps"))]
+        rows = [one for one in rows if any(one.get(name) != row.get(name) for name in KEY)]
         shared.truncate(0)
         shared.write(json.dumps({"rows": [*rows, row]}, indent=1) + "\n")
 

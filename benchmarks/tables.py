@@ -166,8 +166,10 @@ def recipes(result: Mapping[str, Any]) -> str:
                 f"{sum(one['other'] for one in found) / len(found):.2%}",
             )
         ]
-        rows.append([f"`{row['recipe']}`" if "=" in row["recipe"] else row["recipe"], f"{row['score']:.4f}", *parts])
+        recipe = f"`{row['recipe']}`" if "=" in row["recipe"] else row["recipe"]
+        rows.append([row["artifact"], recipe, f"{row['score']:.4f}", *parts])
     head = [
+        "artifact",
         "recipe",
         "score",
         *(f"{kind}: {part}" for kind in ("text", "answers", "greedy") for part in ("KL", "other")),
@@ -178,7 +180,7 @@ def recipes(result: Mapping[str, Any]) -> str:
         "Against dense, along what it says: KL in nats a row, and rows with another first choice. Score: the geometric "
         f"mean of the KLs of all exams. {made}: `{last['command']}`, and each recipe by `--recipe`."
     )
-    return "\n".join([*markdown(head, rows, 1), "", note])
+    return "\n".join([*markdown(head, rows, 2), "", note])
 
 
 def sharing(result: Mapping[str, Any]) -> str:
