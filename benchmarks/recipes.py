@@ -41,6 +41,7 @@ from sparsec.calibrate.teacher import divergence
 from sparsec.calibrate.trainable import cast_weights, copied_weights, put_weights
 from sparsec.compiler.commands.options import cache_dir
 from sparsec.compiler.draw import drawing
+from sparsec.compiler.kept_tokens import kept_tokens
 from sparsec.compiler.recipe import parse_setting
 from sparsec.compiler.source import load_model, load_tokenizer, open_source
 from sparsec.compiler.versions import versions
@@ -89,8 +90,9 @@ def main() -> None:
     model = load_model(source, device=asked.device, dtype="float32")
     plan, selectors = read_plan(asked.artifact), asked.artifact / TENSORS
     tensors = load_file(selectors) if selectors.exists() else {}  # windows alone need none
-    train = Calibration(read_corpus(asked.train), tokenizer)
-    dev = Calibration(read_corpus(asked.dev), tokenizer, shares=(0.05, 0.05, 0.9))  # all but what has to be left
+    keep = kept_tokens(cache_dir())
+    train = Calibration(read_corpus(asked.train), tokenizer, keep=keep)
+    dev = Calibration(read_corpus(asked.dev), tokenizer, shares=(0.05, 0.05, 0.9), keep=keep)  # nearly all
     dense = in_dtype(model, getattr(torch, asked.dtype))
     about = {
         "command": f"python benchmarks/recipes.py {shlex.join(sys.argv[1:])}",

@@ -22,7 +22,8 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,14 @@ LENGTHS = (2048, 512)
 SHORTEST_PART = 64  # tokens; less than this is not worth being a split
 BATCH = 1 << 24  # characters that are tokenised at once, and what the last text has beyond them
 
+Texts = Sequence[str]
+Keep = Callable[[Any, Texts, Callable[[], list[torch.Tensor]]], list[torch.Tensor]]
+
+
+def unkept(tokenizer: Any, texts: Texts, make: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Tokenises every time."""
+    return make()
+
 
 class Calibration:
     """A corpus under a tokenizer, split once; the same arguments always give the same windows.
@@ -47,6 +56,7 @@ class Calibration:
         tokenizer: a Transformers tokenizer. Where it puts a BOS token before a text, so does every window.
         seed: decides which groups go where, and which windows are drawn.
         shares: of train, search and held-out; positive, sum 1.
+        keep: has the tokens of texts that this tokenizer read before, or makes them.
 
     Raises:
         CalibrationError: the text is too little, or too much alike, for three splits.
@@ -63,6 +73,7 @@ class Calibration:
         *,
         seed: int = 0,
         shares: tuple[float, float, float] = (0.6, 0.25, 0.15),
+        keep: Keep = unkept,
     ) -> None:
         if len(shares) != 3 or min(shares) <= 0 or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
             raise UsageError(f"the shares of {', '.join(SPLITS)} are {shares}: give three positive ones of sum 1")
@@ -70,6 +81,7 @@ class Calibration:
         self.seed = seed
         self.shares = shares
         self.tokenizer = tokenizer
+        self._keep = keep
         bos = getattr(tokenizer, "bos_token_id", None)
         self._bos: int | None = bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
         self._cut: str | None = None
@@ -169,20 +181,11 @@ class Calibration:
         return body
 
     def _encode(self, documents: Iterable[Document]) -> list[torch.Tensor]:
-        """Tokens of each; several at once, since a tokenizer has a thread a text."""
-        found: list[torch.Tensor] = []
-        batch: list[str] = []
-        waiting, characters = list(documents), 0
-        for number, document in enumerate(waiting):
-            batch.append(self._written(document))
-            characters += len(batch[-1])
-            if number + 1 == len(waiting) or characters >= BATCH:
-                # verbose=False: documents longer than the model's context are meant to be, and windows never are.
-                for ids in self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                    begins = self._bos is not None and ids[:1] == [self._bos]  # the template's; windows bring their own
-                    found.append(torch.tensor(ids[begins:], dtype=torch.int32))
-                batch, characters = [], 0
-        return found
+        """Tokens of each, int32; windows bring their own BOS token."""
+        texts = [self._written(document) for document in documents]
+        found = self._keep(self.tokenizer, texts, partial(_tokenised, self.tokenizer, texts))
+        # The template may have put one there.
+        return [ids[int(self._bos is not None and ids[:1].tolist() == [self._bos]) :] for ids in found]
 
     def _written(self, document: Document) -> str:
         """A chat as the tokenizer's template writes it; its contents where there is none, or it refuses the roles."""
@@ -225,6 +228,22 @@ class Calibration:
                 digest.update(json.dumps([split, document.name, len(ids)]).encode())
                 digest.update(ids.numpy().astype("<i4").tobytes())
         return digest.hexdigest()
+
+
+def _tokenised(tokenizer: Any, texts: Texts) -> list[torch.Tensor]:
+    """Several at once, since a tokenizer has a thread a text."""
+    found: list[torch.Tensor] = []
+    batch: list[str] = []
+    characters = 0
+    for number, text in enumerate(texts, start=1):
+        batch.append(text)
+        characters += len(text)
+        if number == len(texts) or characters >= BATCH:
+            # verbose=False: documents longer than the model's context are meant to be, and windows never are.
+            ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+            found += [torch.tensor(each, dtype=torch.int32) for each in ids]
+            batch, characters = [], 0
+    return found
 
 
 def cut(document: Document, shares: Sequence[float]) -> list[Document]:

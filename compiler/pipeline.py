@@ -26,6 +26,7 @@ from sparsec.calibrate.trainable import put_weights
 from sparsec.compiler import golden
 from sparsec.compiler.checkpoint import load_config
 from sparsec.compiler.gate import Exam, shown, verdict
+from sparsec.compiler.kept_tokens import kept_tokens
 from sparsec.compiler.recipe import Recipe
 from sparsec.compiler.registry import check_needs, make_passes
 from sparsec.compiler.source import Source, load_model, load_tokenizer, open_source, weight_files
@@ -105,7 +106,9 @@ def compile_model(job: Job) -> Outcome:
     check_needs(passes, job.recipe.start.plan(base) if job.recipe.start is not None else base)
     check_room(job.out, sum(file.stat().st_size for file in weight_files(source.path)))
     tokenizer = load_tokenizer(source)
-    calibration = Calibration(read_corpus(job.recipe.calibration), tokenizer, seed=job.recipe.seed)
+    calibration = Calibration(
+        read_corpus(job.recipe.calibration), tokenizer, seed=job.recipe.seed, keep=kept_tokens(job.cache_dir)
+    )
     compile_ = _Compile(job, source, load_model(source, device=job.device, dtype=job.dtype), calibration)
     for each in passes:
         if each.trains:
@@ -204,7 +207,9 @@ class _Compile:
         own = self.text.tokenizer
         self.tokenizer = merged_tokenizer(ByteLevel.of(own), merges, merged.boundary)
         read = with_description(own, self.tokenizer)
-        self.calibration = Calibration(self.text.corpus, read, seed=self.job.recipe.seed)
+        self.calibration = Calibration(
+            self.text.corpus, read, seed=self.job.recipe.seed, keep=kept_tokens(self.job.cache_dir)
+        )
         return {name: tensor for name, tensor in tensors.items() if name not in (vocabulary.INPUT, vocabulary.NEVER)}
 
     def _tokenizers(self) -> dict[str, Any]:

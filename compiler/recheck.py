@@ -12,6 +12,7 @@ from sparsec.calibrate.evaluate import DENSE, Suite, evaluate
 from sparsec.calibrate.splits import Calibration
 from sparsec.compiler.bench import bench, of_artifact
 from sparsec.compiler.gate import Exam
+from sparsec.compiler.kept_tokens import kept_tokens
 from sparsec.compiler.recipe import Gate, Recipe
 from sparsec.compiler.systems import ARTIFACT, Base, Compiled, open_artifacts, systems
 from sparsec.compiler.thresholds import Thresholds
@@ -29,14 +30,21 @@ LARGEST_PROMPT = 8192  # tokens that a prompt of the default measures has at mos
 
 
 def drift(
-    artifact: Path, thresholds: Thresholds, text: str | None, *, device: str, dtype: str, listen: Listener
+    artifact: Path,
+    thresholds: Thresholds,
+    text: str | None,
+    *,
+    cache_dir: Path,
+    device: str,
+    dtype: str,
+    listen: Listener,
 ) -> list[Check]:
     """The gate's own windows once more: bits per byte, recall and kept tokens beside those in measurements.json.
 
     It says that the artifact does here what it did there; the calibration text has to be the same.
     """
     name, (one,) = "as recorded", open_artifacts([artifact])
-    calibration, why = _recorded_text(one, text)
+    calibration, why = _recorded_text(one, text, cache_dir)
     if calibration is None:
         return [Check("quality", name, NOT_RUN, why, "pytorch")]
     recorded = read_json(artifact / MEASUREMENTS)["gate"]
@@ -78,7 +86,8 @@ def beside(
     artifacts = open_artifacts(paths)
     mine = artifacts[-1]
     suite = _suite(thresholds, mine.plan, read_json(artifact / "config.json"))
-    calibration = Calibration(_text(mine, text), mine.tokenizer(), seed=mine.manifest["recipe"]["seed"])
+    seed = mine.manifest["recipe"]["seed"]
+    calibration = Calibration(_text(mine, text), mine.tokenizer(), seed=seed, keep=kept_tokens(cache_dir))
     dense = Base(artifacts, spec=base, device=device, dtype=dtype, cache_dir=cache_dir)
     rows = systems([DENSE, ARTIFACT], artifacts, dense, rounding=False)
     result = evaluate(rows, calibration, suite, listen=listen)
@@ -141,10 +150,11 @@ def _suite(thresholds: Thresholds, plan: Plan, config: Mapping[str, Any]) -> Sui
     )
 
 
-def _recorded_text(one: Compiled, text: str | None) -> tuple[Calibration | None, str]:
+def _recorded_text(one: Compiled, text: str | None, cache_dir: Path) -> tuple[Calibration | None, str]:
     """The calibration that the artifact was judged on, or why it cannot be had."""
     try:
-        calibration = Calibration(_text(one, text), one.tokenizer(), seed=one.manifest["recipe"]["seed"])
+        seed = one.manifest["recipe"]["seed"]
+        calibration = Calibration(_text(one, text), one.tokenizer(), seed=seed, keep=kept_tokens(cache_dir))
     except SparsecError as error:
         return None, str(error)
     if calibration.digest != one.manifest["calibration"]:

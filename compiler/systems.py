@@ -22,6 +22,7 @@ from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.evaluate import BASELINES, DENSE, Found, Keep, Suite, System, baseline_plan, evaluate
 from sparsec.calibrate.splits import Calibration
 from sparsec.compiler.explain import artifact_data
+from sparsec.compiler.kept_tokens import kept_tokens
 from sparsec.compiler.quiet import transformers_call
 from sparsec.compiler.source import Source, load_model, open_source
 from sparsec.compiler.stages import Stages, code_digest, fingerprint
@@ -120,7 +121,7 @@ def evaluate_artifacts(
         names = [*BASELINES, ARTIFACT] if artifacts[0].plan.dsa is None else [DENSE, ARTIFACT]
     recipe = artifacts[0].manifest["recipe"]
     corpus = read_corpus(text or recipe["calibration"])
-    calibration = Calibration(corpus, artifacts[0].tokenizer(), seed=recipe["seed"])
+    calibration = Calibration(corpus, artifacts[0].tokenizer(), seed=recipe["seed"], keep=kept_tokens(cache_dir))
     dense = Base(artifacts, spec=base, device=device, dtype=dtype, cache_dir=cache_dir, kernels=kernels)
     # Dense first: the long decode is compared with its text.
     rows = systems(sorted(names, key=lambda name: name != DENSE), artifacts, dense, rounding=bool(suite.decode_tokens))

@@ -160,7 +160,11 @@ class _Run:
                 self.skip(group, name, "--quick leaves it out")
             return
         where: Mapping[str, Any] = {"device": asked.device, "dtype": asked.dtype, "listen": asked.listen}
-        self.take("quality", "as recorded", lambda: drift(asked.artifact, asked.thresholds, asked.text, **where))
+        self.take(
+            "quality",
+            "as recorded",
+            lambda: drift(asked.artifact, asked.thresholds, asked.text, cache_dir=asked.cache_dir, **where),
+        )
         self.take(
             "quality",
             "beside dense",
