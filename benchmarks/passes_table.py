@@ -18,10 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
-from sparsec.plugins.device import device_name
-
 RESULTS = "benchmarks/results"
 COMPILE = "compile demo --calibration texts/train --device cuda --tier hours"
 ON = "--text texts/eval --device cuda --dtype bfloat16 --kernels auto"
@@ -116,22 +112,25 @@ class Runs:
         self.running[job.name] = (job, gpu, started)
 
     def collect(self, logs: Path) -> list[str]:
-        """The names of those that ended; the first failure ends all."""
+        """The names of those that ended; a failure ends all."""
         ended = []
         for name, (_, _, process) in list(self.running.items()):
             if process.poll() is None:
                 continue
             del self.running[name]
             if process.returncode:
-                for _, _, other in self.running.values():
-                    other.terminate()
                 sys.exit(f"{name} failed:\n{(logs / name).read_text(errors='replace')[-2000:]}")
             self.done.add(name)
             ended.append(name)
         return ended
 
+    def end(self) -> None:
+        """Nothing runs on when something failed."""
+        for _, _, process in self.running.values():
+            process.terminate()
 
-def write_stages(scratch: Path) -> None:
+
+def write_stages(scratch: Path, gpu: str) -> None:
     """What both stages of training measured and how long they took, where this run compiled them."""
     told = [scratch / f"{name}.out" for name in ("rtpurbo", "distilled")]
     if not all(file.exists() for file in told):
@@ -151,7 +150,13 @@ def write_stages(scratch: Path) -> None:
     written = {
         "command": f"sparsec {COMPILE} --passes rtpurbo,distill -o out/distilled",
         "note": "stage 1 and 2 one after the other, the first one stored by a compile of rtpurbo alone",
-        "device": device_name(torch.device("cuda")),
+        "device": subprocess.run(
+            [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"],  # here it would hold memory
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip(),
         "versions": manifest["versions"],
         "seed": manifest["recipe"]["seed"],
         "seconds_by_stage": stages,
@@ -177,14 +182,17 @@ def main() -> None:
         for name in sorted(runs.done):
             print(f"out/{name} is there: not compiled again (delete it where code or text have changed)")
         waiting = [job for job in waiting if not job.done]
-        while waiting or runs.running:
-            for job in list(waiting):
-                if runs.done.issuperset(job.after) and (gpu := runs.place(job)) is not None:
-                    waiting.remove(job)
-                    runs.start(job, gpu, scratch / job.name)
-            time.sleep(1)
-            if "distilled" in runs.collect(scratch):
-                write_stages(scratch)
+        try:
+            while waiting or runs.running:
+                for job in list(waiting):
+                    if runs.done.issuperset(job.after) and (gpu := runs.place(job)) is not None:
+                        waiting.remove(job)
+                        runs.start(job, gpu, scratch / job.name)
+                time.sleep(1)
+                if "distilled" in runs.collect(scratch):
+                    write_stages(scratch, runs.gpus[0])
+        finally:
+            runs.end()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ from sparsec.plugins.runtime import applied
 
 RESULT = Path(__file__).resolve().parent / "results" / "recipes-demo.json"
 TASKS = ("kv", "multikey", "passkey")
-KEY = ("artifact", "recipe", "steps")
+KEY = ("plan", "recipe", "steps", "dtype", "asked")
 ANSWER, TEXT = 12, 256  # tokens that dense writes after a question, and after natural text
 
 
@@ -96,7 +96,8 @@ def main() -> None:
     dense = in_dtype(model, getattr(torch, asked.dtype))
     about = {
         "command": f"python benchmarks/recipes.py {shlex.join(sys.argv[1:])}",
-        "artifact": asked.artifact.name,
+        "plan": plan.digest[:16],
+        "asked": {name: getattr(asked, name) for name in ("lengths", "windows", "prompts", "texts")},
         "device": device_name(model.device),
         "dtype": asked.dtype,
         "versions": versions(),
@@ -189,15 +190,15 @@ def _options(recipe: str) -> dict[str, Any]:
 
 
 def _add(file: Path, row: dict[str, Any]) -> None:
-    """Another row; the one of the same artifact, recipe and steps goes."""
+    """Another row; the one of the same plan, recipe, steps and exams goes."""
     with open(file, "a+", encoding="utf-8") as shared:
         fcntl.flock(shared, fcntl.LOCK_EX)
         shared.seek(0)
         text = shared.read()
-        rows = json.loads(text)["rows"] if text else []
-        rows = [one for one in rows if any(one.get(name) != row.get(name) for name in KEY)]
+        kept = json.loads(text) if text else {"rows": []}
+        rows = [one for one in kept["rows"] if any(one.get(name) != row.get(name) for name in KEY)]
         shared.truncate(0)
-        shared.write(json.dumps({"rows": [*rows, row]}, indent=1) + "\n")
+        shared.write(json.dumps(kept | {"rows": [*rows, row]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,12 @@ from typing import Any
 from sparsec.calibrate.comparisons import BITS, TOGETHER
 from sparsec.export.evaluation import against, made_of, points, shares, tables, tasks
 
+INDEXERS = {
+    "pre": "before RoPE",
+    "pre-stretched": "before RoPE, stretched",
+    "post": "after RoPE",
+    "post-stretched": "after RoPE, stretched",
+}
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
 
@@ -143,11 +149,12 @@ def indexers(result: Mapping[str, Any]) -> str:
 def asked(result: Mapping[str, Any]) -> str:
     """Needles that each kind of indexer finds, of what benchmarks/indexers.py --needles wrote."""
     found = tasks(result)
+    head = [INDEXERS.get(name, name) for name in found.head]
     made = (
         f"{result['device']}, {result['dtype']}, torch {result['versions']['torch']}, {result['prompts_each']} prompts"
     )
     note = f"{found.note} Each kind has the same heads, by needles. {made}: `{result['command']}`."
-    return "\n".join([*markdown(found.head, found.rows, found.left), "", note])
+    return "\n".join([*markdown(head, found.rows, found.left), "", note])
 
 
 def recipes(result: Mapping[str, Any]) -> str:
@@ -167,18 +174,19 @@ def recipes(result: Mapping[str, Any]) -> str:
             )
         ]
         recipe = f"`{row['recipe']}`" if "=" in row["recipe"] else row["recipe"]
-        rows.append([row["artifact"], recipe, f"{row['score']:.4f}", *parts])
+        rows.append([row["plan"], recipe, str(row.get("steps", "")), f"{row['score']:.4f}", *parts])
     head = [
-        "artifact",
+        "plan",
         "recipe",
+        "steps",
         "score",
         *(f"{kind}: {part}" for kind in ("text", "answers", "greedy") for part in ("KL", "other")),
     ]
     last = result["rows"][-1]
-    made = f"{last['steps']} steps; {last['device']}, {last['dtype']}, torch {last['versions']['torch']}"
+    made = f"{last['device']}, {last['dtype']}, torch {last['versions']['torch']}"
     note = (
         "Against dense, along what it says: KL in nats a row, and rows with another first choice. Score: the geometric "
-        f"mean of the KLs of all exams. {made}: `{last['command']}`, and each recipe by `--recipe`."
+        f"mean of the KLs of all exams. {made}: `{last['command']}`."
     )
     return "\n".join([*markdown(head, rows, 2), "", note])
 
@@ -412,10 +420,15 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
         engines,
     ),
     "indexers": ("indexers-demo", "python benchmarks/indexers.py && make docs", indexers),
-    "indexers-needles": ("indexers-needles-demo", "python benchmarks/indexers.py demo --needles texts/eval", asked),
+    "indexers-needles": (
+        "indexers-needles-demo",
+        "python benchmarks/indexers.py demo --needles texts/eval --out benchmarks/results/indexers-needles-demo.json",
+        asked,
+    ),
     "indexers-yarn-needles": (
         "indexers-yarn-needles-demo",
-        "python benchmarks/indexers.py demo --scaling yarn --needles texts/eval",
+        "python benchmarks/indexers.py demo --scaling yarn --needles texts/eval --lengths 16000 "
+        "--out benchmarks/results/indexers-yarn-needles-demo.json",
         asked,
     ),
     "recipes": (
@@ -423,7 +436,11 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
         "python benchmarks/recipes.py out/rtpurbo --train texts/train --dev texts/dev",
         recipes,
     ),
-    "indexers-yarn": ("indexers-yarn-demo", "python benchmarks/indexers.py demo --scaling yarn && make docs", indexers),
+    "indexers-yarn": (
+        "indexers-yarn-demo",
+        "python benchmarks/indexers.py demo --scaling yarn --out benchmarks/results/indexers-yarn-demo.json",
+        indexers,
+    ),
 }
 
 

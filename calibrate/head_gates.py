@@ -110,8 +110,8 @@ def learn_gates(
         count: units that will be kept.
         unit: heads that one gate decides for: 1, or a GQA group.
         rows: the last so many tokens are decode rows.
-        answers: what the KL of rows that answer counts, that of text 1; None: all decode rows of windows with
-            questions, which are text for the most part, count 1.
+        answers: weight of the mean KL of rows that answer, that of text 1; None: the mean of all decode rows of windows
+            with questions, which are text for the most part, weighs 1.
 
     Raises:
         TrainingError: out of memory, with what to lower; or a loss that is not finite.

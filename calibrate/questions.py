@@ -124,16 +124,21 @@ def _with_questions(
 
 
 def _end(tokenizer: Any, asked: Sequence[tuple[str, str, str]]) -> tuple[Tensor, Tensor]:
-    """Questions with their answers, one behind another: tokens, and which of them belong to an answer."""
+    """Questions with their answers, one behind another: tokens, and which of them hold some of an answer."""
     text, spans = "", []
     for question, answer, stop in asked:
-        spans += [text + question, text + question + answer]
-        text += question + answer + stop
-    tokens, *before = _encode(tokenizer, [text + "\n", *spans])
-    answers = torch.zeros(len(tokens), dtype=torch.bool)
-    for first, last in zip(before[::2], before[1::2], strict=True):
-        answers[len(first) : len(last)] = True
-    return tokens, answers
+        text += question
+        spans.append((len(text), len(text) + len(answer)))
+        text += answer + stop
+    text += "\n"
+    if getattr(tokenizer, "is_fast", False):
+        made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens, places = torch.tensor(made["input_ids"], dtype=torch.long), made["offset_mapping"]
+    else:  # Python code that does not say which characters a token stands for: it reads what is before them
+        tokens, *before = _encode(tokenizer, [text, *(text[:end] for span in spans for end in span)])
+        numbers = [len(ids) for ids in before]
+        spans, places = list(zip(numbers[::2], numbers[1::2], strict=True)), [(n, n + 1) for n in range(len(tokens))]
+    return tokens, torch.tensor([any(begin < to and at < end for begin, end in spans) for at, to in places])
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:

@@ -79,7 +79,7 @@ class Distill(Pass):
         default=None,
         ge=0,
         le=1,
-        description="share of the loss on answers, and on these rows of natural windows; null: all rows count alike",
+        description="share of a window's loss on its answers, or on decode rows of natural text; null: all rows alike",
     )
     windows: int | None = Field(
         default=None, ge=1, description="different windows, each read by the teacher once; null: none trains twice"

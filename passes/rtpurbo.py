@@ -87,7 +87,7 @@ class Rtpurbo(Pass):
     gate_answers: float | None = Field(
         default=None,
         gt=0,
-        description="what rows that answer count beside text, a row each; null: all decode rows of their windows count",
+        description="weight of the KL of rows that answer, text's is 1; null: of all decode rows of their windows, 1",
     )
     per_layer: int = Field(
         default=0, ge=0, description="retrieval heads that every layer has at least, beside the best ones (ours)"

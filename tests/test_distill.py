@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from sparsec.calibrate.distillation import (
     student_hidden,
 )
 from sparsec.calibrate.needles import ordinary_words
-from sparsec.calibrate.questions import training_windows
+from sparsec.calibrate.questions import _end, training_windows
 from sparsec.calibrate.splits import Calibration
 from sparsec.calibrate.teacher import identity, read_kept, save_kept, top_k, weights_digest
 from sparsec.calibrate.trainable import changed_weights, copied_weights, put_weights, trainable
@@ -248,7 +249,7 @@ def test_answers_are_what_the_facts_said_and_the_rows_before_them_are_marked(cal
     windows = training_windows(calibration, "train", length=900, count=6, rows=200, questions=1.0, seed=4)
     for tokens, answers in zip(windows.tokens, windows.answers, strict=True):
         rows = answers.nonzero()[:, 0].tolist()
-        assert rows[0] >= 900 - 200 - 1
+        assert not answers[:-200].any()
         runs = [[rows[0]]]
         for row in rows[1:]:
             if row == runs[-1][-1] + 1:
@@ -256,11 +257,25 @@ def test_answers_are_what_the_facts_said_and_the_rows_before_them_are_marked(cal
             else:
                 runs.append([row])
         facts = calibration.tokenizer.decode(tokens[: rows[0]])
+        questions = calibration.tokenizer.decode(tokens[rows[0] + 1 :])
+        assert len(runs) == questions.count(".\n"), "one a question"
         for run in runs:
             answer = calibration.tokenizer.decode(tokens[run[0] + 1 : run[-1] + 2])
             assert answer.startswith(" ")
             assert answer[1:] in facts
         assert calibration.tokenizer.decode(tokens[runs[-1][-1] + 2 :]) == ".\n"
+
+
+def test_answers_are_found_without_offsets_too(calibration: Calibration) -> None:
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text: Any, add_special_tokens: bool) -> Any:
+            return calibration.tokenizer(text, add_special_tokens=add_special_tokens)
+
+    asked = [("\nThe boat of the fox was registered as", " QXZ", "."), ("\nThe nickname of the owl is", " pale", ".")]
+    for slow, fast in zip(_end(Slow(), asked), _end(calibration.tokenizer, asked), strict=True):
+        assert torch.equal(slow, fast)
 
 
 def test_label_rows_carry_the_share_of_the_loss_that_they_are_given(program: Program, calibration: Calibration) -> None:
@@ -275,6 +290,31 @@ def test_label_rows_carry_the_share_of_the_loss_that_they_are_given(program: Pro
     assert asked == 2
     assert lesson.labels.sum(1).tolist()[::2] == [128, 128]
     assert all(0 < count < 128 for count in lesson.labels.sum(1).tolist()[1::2])
+
+
+def test_label_rows_are_what_is_trained_on(program: Program, lesson: Lesson) -> None:
+    with applied(program.model, program.plan, program.tensors), trainable(program.model, "all", 8, None):
+        before = copied_weights(program.model)
+        losses = []
+        for share in (None, 0.0, 0.5, 1.0):
+            run = _Run(program.model, settings(labels=share, lr=1e-9), None)
+            run.advance(0, lesson)
+            losses += run.outcome.losses
+            put_weights(program.model, before)
+    alike, others, both, labels = losses
+    assert both == pytest.approx((others + labels) / 2, rel=1e-4)
+    assert alike == pytest.approx((others * (256 - ROWS) + labels * ROWS) / 256, rel=1e-4)
+    assert labels != pytest.approx(others, rel=1e-2)
+
+
+def test_the_teacher_is_asked_once(
+    program: Program, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Distill(weights="all", steps=2, batch=1, context=256, rows=64, held_windows=1, checks=1)
+    kept = replace(program, scratch=tmp_path)
+    first = options.run(kept, calibration)
+    monkeypatch.setattr("sparsec.passes.distill.top_k", None)
+    assert options.run(kept, calibration).measured["losses"] == first.measured["losses"]
 
 
 def test_held_out_words_are_no_words_of_training(calibration: Calibration) -> None:

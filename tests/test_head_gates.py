@@ -96,6 +96,22 @@ def test_heads_that_matter_stay_open(model: Any, answers: float | None) -> None:
         assert torch.equal(weight, before[name])
 
 
+def test_answers_count_alone_and_as_much_as_they_are_given(model: Any) -> None:
+    _, local = plans(model)
+    given = windows(2, seed=5)
+    whole = Windows(given.tokens, given.asked, given.asked[:, None] & (torch.arange(LENGTH) >= LENGTH - 24))
+    more = {"count": 2, "unit": 1, **GIVEN}
+    all_rows = learn_gates(model, given, local, answers=None, **more)
+    marked = learn_gates(model, whole, local, answers=1.0, **more)
+    few = learn_gates(model, given, local, answers=1.0, **more)
+    assert marked.answers == all_rows.answers
+    assert torch.equal(marked.scores, all_rows.scores)
+    assert few.answers != all_rows.answers
+    heavy = learn_gates(model, given, local, answers=9.0, **more)
+    assert heavy.answers == few.answers
+    assert not torch.equal(heavy.scores, few.scores)
+
+
 def test_whole_groups_and_layers_that_are_not_split(model: Any) -> None:
     _, local = plans(model)
     layers = [layer.model_dump() for layer in local.layers]
