@@ -40,12 +40,7 @@ SHORTEST_PART = 64  # tokens; less than this is not worth being a split
 BATCH = 1 << 24  # characters that are tokenised at once, and what the last text has beyond them
 
 Texts = Sequence[str]
-Keep = Callable[[Any, Texts, Callable[[], list[torch.Tensor]]], list[torch.Tensor]]
-
-
-def unkept(tokenizer: Any, texts: Texts, make: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Tokenises every time."""
-    return make()
+KeepTokens = Callable[[Any, Texts, Callable[[], list[torch.Tensor]]], list[torch.Tensor]]
 
 
 class Calibration:
@@ -56,7 +51,7 @@ class Calibration:
         tokenizer: a Transformers tokenizer. Where it puts a BOS token before a text, so does every window.
         seed: decides which groups go where, and which windows are drawn.
         shares: of train, search and held-out; positive, sum 1.
-        keep: has the tokens of texts that this tokenizer read before, or makes them.
+        keep: has the tokens of texts that this tokenizer read before, or makes them; None makes them every time.
 
     Raises:
         CalibrationError: the text is too little, or too much alike, for three splits.
@@ -73,7 +68,7 @@ class Calibration:
         *,
         seed: int = 0,
         shares: tuple[float, float, float] = (0.6, 0.25, 0.15),
-        keep: Keep = unkept,
+        keep: KeepTokens | None = None,
     ) -> None:
         if len(shares) != 3 or min(shares) <= 0 or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
             raise UsageError(f"the shares of {', '.join(SPLITS)} are {shares}: give three positive ones of sum 1")
@@ -183,7 +178,8 @@ class Calibration:
     def _encode(self, documents: Iterable[Document]) -> list[torch.Tensor]:
         """Tokens of each, int32; windows bring their own BOS token."""
         texts = [self._written(document) for document in documents]
-        found = self._keep(self.tokenizer, texts, partial(_tokenised, self.tokenizer, texts))
+        make = partial(_tokenised, self.tokenizer, texts)
+        found = make() if self._keep is None else self._keep(self.tokenizer, texts, make)
         # The template may have put one there.
         return [ids[int(self._bos is not None and ids[:1].tolist() == [self._bos]) :] for ids in found]
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor
 
-from sparsec.calibrate.splits import Keep, Texts
-from sparsec.compiler.stages import Stages
+from sparsec.calibrate.splits import KeepTokens, Texts
+from sparsec.compiler.stages import Stages, Stored, fingerprint
 
 LEAST = 1 << 21  # characters, from which on they are kept
 
 
-def kept_tokens(cache_dir: Path) -> Keep:
+def kept_tokens(cache_dir: Path) -> KeepTokens:
     """For :class:`sparsec.calibrate.splits.Calibration`: tokens by what the tokenizer is and all that it read."""
     return partial(_kept, Stages(cache_dir / "tokens"))
 
@@ -26,14 +26,11 @@ def _kept(stages: Stages, tokenizer: Any, texts: Texts, make: Callable[[], list[
     # Of a tokenizer that is Python code there is no telling what it does.
     if sum(map(len, texts)) < LEAST or not getattr(tokenizer, "is_fast", False):
         return make()
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    for text in texts:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    key = digest.hexdigest()
-    stored = stages.load(key)
-    if stored is not None:
-        return list(torch.split(stored[1]["tokens"], stored[0]))
-    found = make()
-    stages.store(key, [len(ids) for ids in found], {"tokens": torch.cat(found)})
-    return found
+
+    def read() -> Stored:
+        found = make()
+        return [len(ids) for ids in found], {"tokens": torch.cat(found)}
+
+    own = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "version": tokenizers.__version__}
+    lengths, found = stages.kept(fingerprint(**own, texts=list(texts)), read)
+    return list(torch.split(found["tokens"], lengths))

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,14 @@ class Stages:
         except ArtifactError:
             shutil.rmtree(place)  # a failing disk: it is computed again
             return None
+
+    def kept(self, fingerprint: str, make: Callable[[], Stored]) -> Stored:
+        """What is stored, or what ``make`` gives, which then is."""
+        found = self.load(fingerprint)
+        if found is None:
+            found = make()
+            self.store(fingerprint, *found)
+        return found
 
     def scratch(self, fingerprint: str) -> AbstractContextManager[Path]:
         """A folder for what a stage wants to find again if it is stopped; a second compile of the stage waits."""

@@ -261,12 +261,7 @@ def _keeping(cache_dir: Path, device: str, dtype: str, kernels: Kernels) -> Keep
     where["kernels"] = kernels
 
     def keep(make: Callable[[], Found], **inputs: Any) -> Found:
-        key = fingerprint(**where, **inputs)
-        found = stages.load(key)
-        if found is None:
-            found = make()
-            stages.store(key, *found)
-        return found
+        return stages.kept(fingerprint(**where, **inputs), make)
 
     return keep
 
