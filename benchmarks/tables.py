@@ -39,20 +39,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsec.calibrate.comparisons import BITS, TOGETHER
-from sparsec.export.evaluation import against, made_of, points, shares, tables, tasks
+from sparsec.export.evaluation import made_of, tables
 
-INDEXERS = {
-    "pre": "before RoPE",
-    "pre-stretched": "before RoPE, stretched",
-    "post": "after RoPE",
-    "post-stretched": "after RoPE, stretched",
-}
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
 
 from blocks import documents, main  # noqa: E402  a script's folder, not a package
 from merged_tables import large, lengths, markdown, merged, vllm  # noqa: E402
+from rtpurbo_tables import heads, indexers, needles, recipes, rope  # noqa: E402
 from sharing_tables import patterns  # noqa: E402
 from speed_tables import coarse, index_keys, kernels, whole  # noqa: E402
 
@@ -83,112 +77,6 @@ def evaluation(result: Mapping[str, Any]) -> str:
         parts += [f"**{table.title}**", ""] if table.title else []
         parts += [*markdown(table.head, table.rows, table.left), "", table.note, ""]
     return "\n".join([*parts, "; ".join(made_of(result, Path(result["text"]["spec"]).name)) + "."])
-
-
-def heads(needles: Mapping[str, Any]) -> str:
-    """Heads by needles and by gates: what the split alone costs, and what is left after training."""
-    gates = json.loads((RESULTS / "distill-demo.json").read_text(encoding="utf-8"))
-    rows = []
-    for length in dict.fromkeys(cell["length"] for cell in needles["cells"]):
-        for name, result in (("needles", needles), ("gates", gates)):
-            row = [f"{length:,}", name]
-            for system in ("split", "distilled"):
-                cell = next(each for each in result["cells"] if (each["length"], each["system"]) == (length, system))
-                for measure, written in ((BITS, shares), (TOGETHER, points)):
-                    row.append(written(against(result, cell, measure, "dense") or {}))
-            rows.append(row)
-    head = [
-        "tokens",
-        "heads by",
-        "split: bits per byte",
-        "split: needles",
-        "trained: bits per byte",
-        "trained: needles",
-    ]
-    command = "sparsec compile demo --calibration texts/train --device cuda --tier hours --passes rtpurbo,distill"
-    made = (
-        "Against dense, needles in points, 95 % intervals paired over windows and prompts; the README has all systems. "
-        f"{gates['device']}, {gates['dtype']}: `{command}`, by needles with `--set rtpurbo.choose=needles --set "
-        "distill.weights=lora`, and `make table`'s evaluation."
-    )
-    return "\n".join([*markdown(head, rows, 2), "", made])
-
-
-def rope(result: Mapping[str, Any]) -> str:
-    """Needles that the dense model finds beyond its trained length, by kind of scaling."""
-    rows = []
-    for row in result["rows"]:
-        rows.append([f"{row['length']:,}", row["rope"], *(f"{task['share']:.2f}" for task in row["tasks"].values())])
-    tasks = list(result["rows"][0]["tasks"])
-    made = f"{result['prompts']} prompts a task, factor {result['factor']:g}; {result['device']}, {result['dtype']}"
-    return "\n".join([*markdown(["tokens", "rope", *tasks], rows, 2), "", f"{made}: `{result['command']}`."])
-
-
-def indexers(result: Mapping[str, Any]) -> str:
-    """The result of benchmarks/indexers.py as Markdown."""
-    head = ["RoPE", "stretched"]
-    contexts = [one["context"] for one in result["fits"][0]["contexts"]]
-    head += [part for context in contexts for part in (f"mass found in {context:,}", "tokens kept")]
-    rows = [
-        [
-            {"pre": "before", "post": "after"}[fit["rope"]],
-            "yes" if fit["stretch"] else "no",
-            *(part for one in fit["contexts"] for part in (f"{one['recall_mean']:.1%}", f"{one['kept_mean']:,.0f}")),
-        ]
-        for fit in result["fits"]
-    ]
-    perfect = ", ".join(
-        f"{one['oracle_recall_mean']:.1%} in {one['oracle_kept_mean']:,.0f} of {one['context']:,}"
-        for one in result["fits"][0]["contexts"]
-    )
-    made = f"{result['device']}, torch {result['versions']['torch']}; {result['text']}: `{result['command']}`."
-    note = f"By the true attention instead of an indexer, the same rule keeps: {perfect}. {made}"
-    return "\n".join([*markdown(head, rows, 2), "", note])
-
-
-def asked(result: Mapping[str, Any]) -> str:
-    """Needles that each kind of indexer finds, of what benchmarks/indexers.py --needles wrote."""
-    found = tasks(result)
-    head = [INDEXERS.get(name, name) for name in found.head]
-    made = (
-        f"{result['device']}, {result['dtype']}, torch {result['versions']['torch']}, {result['prompts_each']} prompts"
-    )
-    note = f"{found.note} Each kind has the same heads, by needles. {made}: `{result['command']}`."
-    return "\n".join([*markdown(head, found.rows, found.left), "", note])
-
-
-def recipes(result: Mapping[str, Any]) -> str:
-    """The result of benchmarks/recipes.py as Markdown: how near to dense, the mean over lengths, by kind of text."""
-    rows = []
-    for row in result["rows"]:
-        kinds: dict[str, list[Mapping[str, float]]] = {}
-        for name, found in row["exams"].items():
-            kind = name.split()[0]
-            kinds.setdefault(kind if kind in ("text", "greedy") else "answers", []).append(found)
-        parts = [
-            part
-            for found in (kinds[kind] for kind in ("text", "answers", "greedy"))
-            for part in (
-                f"{sum(one['kl'] for one in found) / len(found):.4f}",
-                f"{sum(one['other'] for one in found) / len(found):.2%}",
-            )
-        ]
-        recipe = f"`{row['recipe']}`" if "=" in row["recipe"] else row["recipe"]
-        rows.append([row["plan"], recipe, str(row.get("steps", "")), f"{row['score']:.4f}", *parts])
-    head = [
-        "plan",
-        "recipe",
-        "steps",
-        "score",
-        *(f"{kind}: {part}" for kind in ("text", "answers", "greedy") for part in ("KL", "other")),
-    ]
-    last = result["rows"][-1]
-    made = f"{last['device']}, {last['dtype']}, torch {last['versions']['torch']}"
-    note = (
-        "Against dense, along what it says: KL in nats a row, and rows with another first choice. Score: the geometric "
-        f"mean of the KLs of all exams. {made}: `{last['command']}`."
-    )
-    return "\n".join([*markdown(head, rows, 2), "", note])
 
 
 def sharing(result: Mapping[str, Any]) -> str:
@@ -423,17 +311,17 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "indexers-needles": (
         "indexers-needles-demo",
         "python benchmarks/indexers.py demo --needles texts/eval --out benchmarks/results/indexers-needles-demo.json",
-        asked,
+        needles,
     ),
     "indexers-yarn-needles": (
         "indexers-yarn-needles-demo",
         "python benchmarks/indexers.py demo --scaling yarn --needles texts/eval --lengths 16000 "
         "--out benchmarks/results/indexers-yarn-needles-demo.json",
-        asked,
+        needles,
     ),
     "recipes": (
         "recipes-demo",
-        "python benchmarks/recipes.py out/rtpurbo --train texts/train --dev texts/dev",
+        "python benchmarks/recipes.py out/rtpurbo --train texts/train --dev texts/dev --bounds --recipe lr=5e-5",
         recipes,
     ),
     "indexers-yarn": (
