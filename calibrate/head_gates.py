@@ -4,7 +4,8 @@ DuoAttention (arXiv 2410.10819) trains one gate a KV head, ``gate · full + (1 -
 the final hidden states of answers to passkeys, with an L1 penalty, and keeps a quantile of the gates. Here the gates
 add up to the number of heads that will be kept, and a falling temperature drives them to 0 and 1, so that what is
 trained in the end is what will run. The loss is the KL of next-token distributions against the dense model, on natural
-text and on answers of hidden facts alike: heads that copy show in the one, heads that carry a topic in the other.
+text and on windows that end with questions about hidden facts (their decode rows, or the answers alone) alike: heads
+that copy show in the one, heads that carry a topic in the other.
 """
 
 from __future__ import annotations
