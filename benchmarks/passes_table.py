@@ -88,6 +88,7 @@ class Runs:
     sparsec: str  # the command
     running: dict[str, tuple[Job, str, subprocess.Popen[bytes]]] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
+    failed: str | None = None
 
     def place(self, job: Job) -> str | None:
         """A GPU that has room, the emptiest."""
@@ -112,16 +113,17 @@ class Runs:
         self.running[job.name] = (job, gpu, started)
 
     def collect(self, logs: Path) -> list[str]:
-        """The names of those that ended; a failure ends all."""
+        """The names of those that ended well."""
         ended = []
         for name, (_, _, process) in list(self.running.items()):
             if process.poll() is None:
                 continue
             del self.running[name]
             if process.returncode:
-                sys.exit(f"{name} failed:\n{(logs / name).read_text(errors='replace')[-2000:]}")
-            self.done.add(name)
-            ended.append(name)
+                self.failed = f"{name} failed:\n{(logs / name).read_text(errors='replace')[-2000:]}"
+            else:
+                self.done.add(name)
+                ended.append(name)
         return ended
 
     def end(self) -> None:
@@ -191,6 +193,8 @@ def main() -> None:
                 time.sleep(1)
                 if "distilled" in runs.collect(scratch):
                     write_stages(scratch, runs.gpus[0])
+                if runs.failed is not None:
+                    sys.exit(runs.failed)
         finally:
             runs.end()
 
