@@ -1,4 +1,4 @@
-"""Recipes of distillation side by side on development text: how near each brings the sparse model to the dense one.
+"""Plans and recipes of distillation side by side on development text: how near each brings the model to the dense one.
 
     sparsec compile demo --calibration texts/train --device cuda --tier hours --passes rtpurbo -o out/rtpurbo
     python benchmarks/recipes.py out/rtpurbo --train texts/train --dev texts/dev --device cuda --steps 300 \\
@@ -54,7 +54,7 @@ from sparsec.plugins.runtime import applied
 
 RESULT = Path(__file__).resolve().parent / "results" / "recipes-demo.json"
 TASKS = ("kv", "multikey", "passkey")
-KEY = ("plan", "recipe", "steps", "dtype", "asked")
+KEY = ("artifact", "plan", "recipe", "steps", "dtype", "asked")
 ANSWER, TEXT = 12, 256  # tokens that dense writes after a question, and after natural text
 
 
@@ -70,7 +70,7 @@ class Exam:
 def main() -> None:
     """Train and judge each recipe."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("artifact", type=Path, help="whose plan is trained, of untrained weights")
+    parser.add_argument("artifacts", type=Path, nargs="+", help="whose plans are trained, of untrained weights")
     parser.add_argument("--source", default="demo")
     parser.add_argument("--train", required=True)
     parser.add_argument("--dev", required=True)
@@ -88,15 +88,13 @@ def main() -> None:
     source = open_source(asked.source, cache_dir=cache_dir())
     tokenizer = load_tokenizer(source)
     model = load_model(source, device=asked.device, dtype="float32")
-    plan, selectors = read_plan(asked.artifact), asked.artifact / TENSORS
-    tensors = load_file(selectors) if selectors.exists() else {}  # windows alone need none
+    plans = [read_plan(artifact) for artifact in asked.artifacts]
     keep = kept_tokens(cache_dir())
     train = Calibration(read_corpus(asked.train), tokenizer, keep=keep)
     dev = Calibration(read_corpus(asked.dev), tokenizer, shares=(0.05, 0.05, 0.9), keep=keep)  # nearly all
     dense = in_dtype(model, getattr(torch, asked.dtype))
     about = {
         "command": f"python benchmarks/recipes.py {shlex.join(sys.argv[1:])}",
-        "plan": plan.digest[:16],
         "asked": {name: getattr(asked, name) for name in ("lengths", "windows", "prompts", "texts")},
         "device": device_name(model.device),
         "dtype": asked.dtype,
@@ -106,16 +104,21 @@ def main() -> None:
         exams = list(_exams(asked, dense, tokenizer, dev))
         if asked.bounds:
             _add(asked.output, about | {"recipe": "dense float32", **judged(exams, dense, model)})
-        for recipe in [*(["untrained"] if asked.bounds else []), *asked.recipe]:
-            before, trained = copied_weights(model), {}
-            if recipe != "untrained":
-                pass_ = Distill.model_validate({"weights": "all", "steps": asked.steps} | _options(recipe))
-                trained = _train(pass_, Program(model, plan, tensors, 0, listen), train, Path(scratch))
-            with _sparse(model, dense.dtype, plan, tensors) as student:
-                found = judged(exams, dense, student)
-            put_weights(model, before)
-            _add(asked.output, about | {"recipe": recipe, **trained, **found})
-            print(f"{recipe}: {found['score']}", file=sys.stderr, flush=True)
+        before = copied_weights(model)
+        for artifact, plan in zip(asked.artifacts, plans, strict=True):
+            selectors = artifact / TENSORS
+            tensors = load_file(selectors) if selectors.exists() else {}  # windows alone need none
+            for recipe in [*(["untrained"] if asked.bounds else []), *asked.recipe]:
+                trained = {}
+                if recipe != "untrained":
+                    pass_ = Distill.model_validate({"weights": "all", "steps": asked.steps} | _options(recipe))
+                    trained = _train(pass_, Program(model, plan, tensors, 0, listen), train, Path(scratch))
+                with _sparse(model, dense.dtype, plan, tensors) as student:
+                    found = judged(exams, dense, student)
+                put_weights(model, before)
+                made = {"artifact": artifact.name, "plan": plan.digest[:16], "recipe": recipe}
+                _add(asked.output, about | made | trained | found)
+                print(f"{artifact.name} {recipe}: {found['score']}", file=sys.stderr, flush=True)
 
 
 def _exams(asked: argparse.Namespace, dense: Any, tokenizer: Any, dev: Calibration) -> Iterator[Exam]:

@@ -110,7 +110,9 @@ def recipes(result: Mapping[str, Any]) -> str:
             )
         ]
         recipe = f"`{row['recipe']}`" if "=" in row["recipe"] else row["recipe"]
-        rows.append([row["plan"], recipe, str(row.get("steps", "")), f"{row['score']:.4f}", *parts])
+        rows.append(
+            [row.get("artifact", row.get("plan", "")), recipe, str(row.get("steps", "")), f"{row['score']:.4f}", *parts]
+        )
     head = [
         "plan",
         "recipe",

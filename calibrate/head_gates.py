@@ -11,7 +11,7 @@ that copy show in the one, heads that carry a topic in the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +44,7 @@ TEXT_ROWS = 1024  # of a natural window, drawn anew for every step
 class Gates:
     """What a run gave."""
 
-    scores: Tensor  # float32 [layers, units] on the CPU; -inf where a layer was not to be split
+    scores: Tensor  # float32 [layers, units] on the CPU; -inf where a layer was not to be split, inf what was held open
     text: list[float]  # KL a step on natural text, nats a row
     answers: list[float]  # and on the rows of windows with questions that counted
 
@@ -98,6 +98,7 @@ def learn_gates(
     *,
     count: int,
     unit: int,
+    held: Sequence[tuple[int, int]] = (),
     rows: int,
     answers: float | None,
     seed: int,
@@ -110,6 +111,7 @@ def learn_gates(
         local: the plan with every head local, its window and ``min_context``; layers without heads stay as they are.
         count: units that will be kept.
         unit: heads that one gate decides for: 1, or a GQA group.
+        held: units (layer, number) whose gates are open from the start, fewer than ``count``: part of the budget.
         rows: the last so many tokens are decode rows.
         answers: weight of the mean KL of rows that answer, that of text 1; None: the mean of all decode rows of windows
             with questions, which are text for the most part, weighs 1.
@@ -118,22 +120,24 @@ def learn_gates(
         TrainingError: out of memory, with what to lower; or a loss that is not finite.
     """
     shape, device = local.model, model.device
-    split = [i for i, layer in enumerate(local.layers) if layer.heads is not None]
-    raw = torch.zeros(len(split), shape.heads // unit, device=device, requires_grad=True)
+    gates = Gates(torch.full((shape.layers, shape.heads // unit), -math.inf), [], [])
+    for layer, number in held:
+        gates.scores[layer, number] = math.inf
+    free = torch.tensor([layer.heads is not None for layer in local.layers])[:, None] & (gates.scores < 0)
+    raw = torch.zeros(int(free.sum()), device=device, requires_grad=True)
     optimizer = torch.optim.Adam([raw], lr=RATE, betas=(0.9, 0.95))
     asked, length = windows.asked, windows.tokens.shape[1]
     text, questions = (windows.tokens[asked == kind] for kind in (False, True))
     steps = min(len(text), len(questions))
     generator = torch.Generator().manual_seed(seed)
-    gates = Gates(torch.full((shape.layers, raw.shape[1]), -math.inf), [], [])
     read = windows.answers[asked] if answers is not None else torch.arange(length).expand_as(questions) >= length - rows
     try:
         with _gated(model), recomputing(model):
             for step in range(steps):
                 temperature = HOT * (COLD / HOT) ** (step / max(1, steps - 1))
-                values = budgeted(raw, count, temperature)
-                leaf = torch.zeros(shape.layers, raw.shape[1], device=device)
-                leaf[split] = values.detach()
+                values = budgeted(raw, count - len(held), temperature)
+                leaf = (gates.scores > 0).to(device, torch.float32)
+                leaf[free.to(device)] = values.detach()
                 mixing = _Mixing(local, leaf.requires_grad_())
                 drawn = torch.randperm(length, generator=generator)[:TEXT_ROWS]
                 gates.text.append(_backward(model, text[step], drawn, mixing, 1.0))
@@ -143,14 +147,14 @@ def learn_gates(
                     raise TrainingError("choosing heads gave a loss that is not finite: use rtpurbo.choose=needles")
                 optimizer.zero_grad(set_to_none=True)
                 assert leaf.grad is not None
-                values.backward(leaf.grad[split])  # type: ignore[no-untyped-call]
+                values.backward(leaf.grad[free.to(device)])  # type: ignore[no-untyped-call]
                 optimizer.step()
                 listen(Event("choose heads", step + 1, steps))
     except torch.OutOfMemoryError:
         raise TrainingError(
             "choosing heads ran out of memory: lower rtpurbo.gate_context, or use rtpurbo.choose=needles"
         ) from None
-    gates.scores[split] = raw.detach().cpu()
+    gates.scores[free] = raw.detach().cpu()
     return gates
 
 

@@ -12,6 +12,7 @@ stage 2 is the pass ``distill``. What the paper leaves open and what is chosen h
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -25,7 +26,7 @@ from sparsec.calibrate.indexer_fit import Forced, closed_form, mean_kl, train
 from sparsec.calibrate.needles import needle_documents
 from sparsec.calibrate.prefill_quality import prefill_quality
 from sparsec.calibrate.questions import training_windows
-from sparsec.calibrate.retrieval_heads import needle_mass
+from sparsec.calibrate.retrieval_heads import needle_mass, top_heads
 from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.splits import Calibration
 from sparsec.errors import CalibrationError, PlanError
@@ -42,6 +43,7 @@ from sparsec.passes.split import (
     split_plan,
     splittable,
     unit_of,
+    unit_scores,
     units_kept,
     with_every_layer,
 )
@@ -88,6 +90,12 @@ class Rtpurbo(Pass):
         default=None,
         gt=0,
         description="weight of the KL of rows that answer, text's is 1; null: of all decode rows of their windows, 1",
+    )
+    gate_needles: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the kept heads that needle mass chooses before gates decide about the others",
     )
     per_layer: int = Field(
         default=0, ge=0, description="retrieval heads that every layer has at least, beside the best ones (ours)"
@@ -286,30 +294,33 @@ class Rtpurbo(Pass):
             questions=0.5,
             seed=program.seed,
         )
+        needles = unit_scores(scores, shape, self.granularity).mean(0)
+        held = top_heads(needles, int(self.gate_needles * count), allowed)
         gates = learn_gates(
             program.model,
             windows,
             local,
             count=count,
             unit=unit_of(shape, self.granularity),
+            held=held,
             rows=rows,
             answers=self.gate_answers,
             seed=program.seed,
             listen=program.listen,
         )
         opened = best_units(gates.scores, count, shape, allowed)
-        needles, _ = best_heads(scores, self.ratio, shape, allowed, self.granularity)
         chosen = with_every_layer(opened, scores, self.per_layer, shape, allowed, self.granularity)
         last = max(1, self.gate_steps // 10)
         measured["kept_heads"] = len(chosen)
         measured["gates"] = {
             "steps": self.gate_steps,
             "context": length,
-            "scores": [[round(x, 4) if x > float("-inf") else None for x in row] for row in gates.scores.tolist()],
+            "scores": [[round(x, 4) if isfinite(x) else None for x in row] for row in gates.scores.tolist()],
             "text_kl": sum(gates.text[-last:]) / last,
             "answers_kl": sum(gates.answers[-last:]) / last,
+            "held": len(held),
             "open": len(opened),
-            "agree_with_needles": len(set(opened) & set(needles)),
+            "agree_with_needles": len(set(opened) & set(best_units(needles, count, shape, allowed))),
         }
         return by_layer(chosen)
 

@@ -96,6 +96,15 @@ def test_heads_that_matter_stay_open(model: Any, answers: float | None) -> None:
         assert torch.equal(weight, before[name])
 
 
+def test_gates_that_are_held_open_are_part_of_the_budget(model: Any) -> None:
+    _, local = plans(model)
+    gates = learn_gates(model, windows(4), local, count=3, unit=1, held=[(2, 3)], answers=None, **GIVEN)
+    assert gates.scores[2, 3] == math.inf
+    assert torch.isfinite(gates.scores).sum() == local.model.layers * local.model.heads - 1
+    seen = learn_gates(model, windows(4), local, count=3, unit=1, answers=None, **GIVEN)
+    assert gates.text != seen.text, "a head that is fully open changes what all rows read"
+
+
 def test_answers_count_alone_and_as_much_as_they_are_given(model: Any) -> None:
     _, local = plans(model)
     given = windows(2, seed=5)
