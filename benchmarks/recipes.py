@@ -45,6 +45,7 @@ from sparsec.compiler.kept_tokens import kept_tokens
 from sparsec.compiler.recipe import parse_setting
 from sparsec.compiler.source import load_model, load_tokenizer, open_source
 from sparsec.compiler.versions import versions
+from sparsec.compiler.weights import weight_files
 from sparsec.layout import TENSORS, read_plan
 from sparsec.passes.base import Program
 from sparsec.passes.distill import Distill
@@ -55,6 +56,7 @@ from sparsec.plugins.runtime import applied
 RESULT = Path(__file__).resolve().parent / "results" / "recipes-demo.json"
 TASKS = ("kv", "multikey", "passkey")
 KEY = ("artifact", "plan", "recipe", "steps", "dtype", "asked")
+AS_IT_IS = "as it is"  # the artifact's own weights
 ANSWER, TEXT = 12, 256  # tokens that dense writes after a question, and after natural text
 
 
@@ -70,7 +72,7 @@ class Exam:
 def main() -> None:
     """Train and judge each recipe."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("artifacts", type=Path, nargs="+", help="whose plans are trained, of untrained weights")
+    parser.add_argument("artifacts", type=Path, nargs="+", help="whose plans are trained, from the source's weights")
     parser.add_argument("--source", default="demo")
     parser.add_argument("--train", required=True)
     parser.add_argument("--dev", required=True)
@@ -80,7 +82,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=50, help="a task and length")
     parser.add_argument("--texts", type=int, default=32, help="continued, a length")
-    parser.add_argument("--bounds", action="store_true", help="also no training, and the dense model in float32")
+    parser.add_argument("--bounds", action="store_true", help="also artifacts as they are, and dense in float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", help="that is judged in")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
@@ -104,18 +106,20 @@ def main() -> None:
         exams = list(_exams(asked, dense, tokenizer, dev))
         if asked.bounds:
             _add(asked.output, about | {"recipe": "dense float32", **judged(exams, dense, model)})
-        before = copied_weights(model)
+        source_weights = copied_weights(model)
         for artifact, plan in zip(asked.artifacts, plans, strict=True):
             selectors = artifact / TENSORS
             tensors = load_file(selectors) if selectors.exists() else {}  # windows alone need none
-            for recipe in [*(["untrained"] if asked.bounds else []), *asked.recipe]:
+            for recipe in [*([AS_IT_IS] if asked.bounds else []), *asked.recipe]:
                 trained = {}
-                if recipe != "untrained":
+                if recipe == AS_IT_IS:
+                    put_weights(model, _own_weights(artifact, model))
+                else:
                     pass_ = Distill.model_validate({"weights": "all", "steps": asked.steps} | _options(recipe))
                     trained = _train(pass_, Program(model, plan, tensors, 0, listen), train, Path(scratch))
                 with _sparse(model, dense.dtype, plan, tensors) as student:
                     found = judged(exams, dense, student)
-                put_weights(model, before)
+                put_weights(model, source_weights)
                 made = {"artifact": artifact.name, "plan": plan.digest[:16], "recipe": recipe}
                 _add(asked.output, about | made | trained | found)
                 print(f"{artifact.name} {recipe}: {found['score']}", file=sys.stderr, flush=True)
@@ -171,6 +175,15 @@ def _train(pass_: Distill, program: Program, text: Calibration, scratch: Path) -
     put_weights(program.model, dict(result.weights))
     told = {name: result.measured[name] for name in ("checks", "kl_before", "kl_best", "best_step")}
     return {"steps": pass_.steps, "seconds": round(time.monotonic() - began, 1), **told}
+
+
+def _own_weights(artifact: Path, model: Any) -> dict[str, Tensor]:
+    """Those in its files; a folder with nothing but a plan has the source's."""
+    names = dict(model.named_parameters())
+    stored: dict[str, Tensor] = {}
+    for file in weight_files(artifact) if any(artifact.glob("model*.safetensors")) else ():
+        stored |= {name: weight for name, weight in load_file(file).items() if name in names}
+    return stored
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:

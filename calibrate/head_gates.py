@@ -4,14 +4,14 @@ DuoAttention (arXiv 2410.10819) trains one gate a KV head, ``gate · full + (1 -
 the final hidden states of answers to passkeys, with an L1 penalty, and keeps a quantile of the gates. Here the gates
 add up to the number of heads that will be kept, and a falling temperature drives them to 0 and 1, so that what is
 trained in the end is what will run. The loss is the KL of next-token distributions against the dense model, on natural
-text and on windows that end with questions about hidden facts (their decode rows, or the answers alone) alike: heads
-that copy show in the one, heads that carry a topic in the other.
+text and on the decode rows of windows that end with questions about hidden facts alike: heads that copy show in the
+one, heads that carry a topic in the other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,9 +44,9 @@ TEXT_ROWS = 1024  # of a natural window, drawn anew for every step
 class Gates:
     """What a run gave."""
 
-    scores: Tensor  # float32 [layers, units] on the CPU; -inf where a layer was not to be split, inf what was held open
+    scores: Tensor  # float32 [layers, units] on the CPU; -inf where a layer was not to be split
     text: list[float]  # KL a step on natural text, nats a row
-    answers: list[float]  # and on the rows of windows with questions that counted
+    answers: list[float]  # and on the decode rows of windows with questions
 
 
 @dataclass
@@ -98,9 +98,7 @@ def learn_gates(
     *,
     count: int,
     unit: int,
-    held: Sequence[tuple[int, int]] = (),
     rows: int,
-    answers: float | None,
     seed: int,
     listen: Listener,
 ) -> Gates:
@@ -111,50 +109,44 @@ def learn_gates(
         local: the plan with every head local, its window and ``min_context``; layers without heads stay as they are.
         count: units that will be kept.
         unit: heads that one gate decides for: 1, or a GQA group.
-        held: units (layer, number) whose gates are open from the start, fewer than ``count``: part of the budget.
-        rows: the last so many tokens are decode rows.
-        answers: weight of the mean KL of rows that answer, that of text 1; None: the mean of all decode rows of windows
-            with questions, which are text for the most part, weighs 1.
+        rows: the last so many tokens of a window are decode rows.
 
     Raises:
         TrainingError: out of memory, with what to lower; or a loss that is not finite.
     """
     shape, device = local.model, model.device
-    gates = Gates(torch.full((shape.layers, shape.heads // unit), -math.inf), [], [])
-    for layer, number in held:
-        gates.scores[layer, number] = math.inf
-    free = torch.tensor([layer.heads is not None for layer in local.layers])[:, None] & (gates.scores < 0)
-    raw = torch.zeros(int(free.sum()), device=device, requires_grad=True)
+    split = [i for i, layer in enumerate(local.layers) if layer.heads is not None]
+    raw = torch.zeros(len(split), shape.heads // unit, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([raw], lr=RATE, betas=(0.9, 0.95))
     asked, length = windows.asked, windows.tokens.shape[1]
     text, questions = (windows.tokens[asked == kind] for kind in (False, True))
     steps = min(len(text), len(questions))
     generator = torch.Generator().manual_seed(seed)
-    read = windows.answers[asked] if answers is not None else torch.arange(length).expand_as(questions) >= length - rows
+    gates = Gates(torch.full((shape.layers, raw.shape[1]), -math.inf), [], [])
+    last = torch.arange(max(0, length - rows), length)
     try:
         with _gated(model), recomputing(model):
             for step in range(steps):
                 temperature = HOT * (COLD / HOT) ** (step / max(1, steps - 1))
-                values = budgeted(raw, count - len(held), temperature)
-                leaf = (gates.scores > 0).to(device, torch.float32)
-                leaf[free.to(device)] = values.detach()
+                values = budgeted(raw, count, temperature)
+                leaf = torch.zeros(shape.layers, raw.shape[1], device=device)
+                leaf[split] = values.detach()
                 mixing = _Mixing(local, leaf.requires_grad_())
                 drawn = torch.randperm(length, generator=generator)[:TEXT_ROWS]
-                gates.text.append(_backward(model, text[step], drawn, mixing, 1.0))
-                at = read[step].nonzero()[:, 0]
-                gates.answers.append(_backward(model, questions[step], at, mixing, 1.0 if answers is None else answers))
+                gates.text.append(_backward(model, text[step], drawn, mixing))
+                gates.answers.append(_backward(model, questions[step], last, mixing))
                 if not math.isfinite(gates.text[-1] + gates.answers[-1]):
                     raise TrainingError("choosing heads gave a loss that is not finite: use rtpurbo.choose=needles")
                 optimizer.zero_grad(set_to_none=True)
                 assert leaf.grad is not None
-                values.backward(leaf.grad[free.to(device)])  # type: ignore[no-untyped-call]
+                values.backward(leaf.grad[split])  # type: ignore[no-untyped-call]
                 optimizer.step()
                 listen(Event("choose heads", step + 1, steps))
     except torch.OutOfMemoryError:
         raise TrainingError(
             "choosing heads ran out of memory: lower rtpurbo.gate_context, or use rtpurbo.choose=needles"
         ) from None
-    gates.scores[free] = raw.detach().cpu()
+    gates.scores[split] = raw.detach().cpu()
     return gates
 
 
@@ -171,8 +163,8 @@ def budgeted(raw: Tensor, count: int, temperature: float) -> Tensor:
     return torch.sigmoid((raw + low - (gates.sum() - count) / slope) / temperature)
 
 
-def _backward(model: Any, window: Tensor, rows: Tensor, mixing: _Mixing, weight: float) -> float:
-    """The KL of these rows against the dense model, in nats a row; ``weight`` times its gradient goes to the gates."""
+def _backward(model: Any, window: Tensor, rows: Tensor, mixing: _Mixing) -> float:
+    """The KL of these rows against the dense model, in nats a row; its gradient is added to the gates'."""
     head, window, rows = Head(model), window[None].to(model.device), rows.to(model.device)
     with precision(window.device)():
         with torch.no_grad():
@@ -184,7 +176,7 @@ def _backward(model: Any, window: Tensor, rows: Tensor, mixing: _Mixing, weight:
             total = total + checkpoint(_kl, head, hidden[part], true[part], use_reentrant=False)
         loss = total / len(rows)
     if bool(torch.isfinite(loss)):
-        (loss * weight).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
 

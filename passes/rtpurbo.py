@@ -12,7 +12,6 @@ stage 2 is the pass ``distill``. What the paper leaves open and what is chosen h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -26,7 +25,7 @@ from sparsec.calibrate.indexer_fit import Forced, closed_form, mean_kl, train
 from sparsec.calibrate.needles import needle_documents
 from sparsec.calibrate.prefill_quality import prefill_quality
 from sparsec.calibrate.questions import training_windows
-from sparsec.calibrate.retrieval_heads import needle_mass, top_heads
+from sparsec.calibrate.retrieval_heads import needle_mass
 from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.splits import Calibration
 from sparsec.errors import CalibrationError, PlanError
@@ -43,7 +42,6 @@ from sparsec.passes.split import (
     split_plan,
     splittable,
     unit_of,
-    unit_scores,
     units_kept,
     with_every_layer,
 )
@@ -52,6 +50,7 @@ from sparsec.plugins.runtime import applied
 
 LONGEST = 16384  # tokens that selectors are measured on, and gates trained on, at most
 LEAST_WINDOWS = 4  # of the train text, that a length is taken for gates
+MOST_RECENT = 512  # tokens that the window makes retrieval heads keep
 DECODE_ROWS = 512  # of a window with questions, at its end
 BY_CONTEXT = ("recall_mean", "recall_p5", "far_mean", "kept_mean", "kept_p95", "oracle_recall_mean", "oracle_kept_mean")
 
@@ -64,7 +63,7 @@ class Rtpurbo(Pass):
     presets: ClassVar[Mapping[Tier, Mapping[str, Any]]] = {
         "training-free": {"steps": 0},
         "minutes": {},
-        "hours": {"choose": "gates", "windows": 16, "steps": 600},
+        "hours": {"choose": "gates", "windows": 16, "steps": 600, "forced_recent": None},
     }
     summary: ClassVar[str] = "keep retrieval heads with low-rank indexers, window the other heads"
     source: ClassVar[str] = "RTPurbo, arXiv 2605.16928"
@@ -85,17 +84,6 @@ class Rtpurbo(Pass):
     gate_steps: int = Field(default=120, ge=2, description="of training gates, two windows each")
     gate_context: int | None = Field(
         default=None, ge=128, description="tokens a window of training gates; null: as reach, at most 16384"
-    )
-    gate_answers: float | None = Field(
-        default=None,
-        gt=0,
-        description="weight of the KL of rows that answer, text's is 1; null: of all decode rows of their windows, 1",
-    )
-    gate_needles: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="share of the kept heads that needle mass chooses before gates decide about the others",
     )
     per_layer: int = Field(
         default=0, ge=0, description="retrieval heads that every layer has at least, beside the best ones (ours)"
@@ -126,7 +114,9 @@ class Rtpurbo(Pass):
         default=None, ge=0, description="longer contexts score tokens in the best blocks alone (ours); null: never"
     )
     coarse_one_in: int = Field(default=4, ge=2, le=1024, description="of so many blocks one is scored there")
-    forced_recent: int = Field(default=64, ge=0, description="latest tokens that retrieval heads always keep (ours)")
+    forced_recent: int | None = Field(
+        default=64, ge=0, description="latest tokens that retrieval heads always keep (ours); null: window, at most 512"
+    )
     min_keep: int = Field(default=64, ge=0, description="unforced tokens kept at least (ours); the paper's block is 64")
     context: int | None = Field(default=None, ge=128, description="tokens a calibration window; null: 4 windows")
     documents: int = Field(default=8, ge=2, description="documents that needles are hidden in")
@@ -190,7 +180,7 @@ class Rtpurbo(Pass):
         measured["causal_check"] = causal_check(program, documents[:3], heads, allowed, sized, least)
 
         split = self._split(plan, heads, sized, least)
-        forced = Forced(sinks, self.forced_recent, lump=self.target == "lumped")
+        forced = Forced(sinks, self._recent(window), lump=self.target == "lumped")
         text = FitText(
             windows=self.windows,
             context=context,
@@ -255,6 +245,9 @@ class Rtpurbo(Pass):
         """The paper's 8192 belongs to models that read 128K and more: scaled to 1/16 of what this one reads."""
         return scaled_window(self.window, readable)
 
+    def _recent(self, window: int) -> int:
+        return min(window, MOST_RECENT) if self.forced_recent is None else self.forced_recent
+
     def _partition(self, scores: Tensor, plan: Plan, allowed: Tensor) -> tuple[Heads, dict[str, Any]]:
         """Global over layers, by query head or by KV head (a group is as good as its best head)."""
         shape, mean = plan.model, scores.mean(0)
@@ -294,33 +287,29 @@ class Rtpurbo(Pass):
             questions=0.5,
             seed=program.seed,
         )
-        needles = unit_scores(scores, shape, self.granularity).mean(0)
-        held = top_heads(needles, int(self.gate_needles * count), allowed)
         gates = learn_gates(
             program.model,
             windows,
             local,
             count=count,
             unit=unit_of(shape, self.granularity),
-            held=held,
             rows=rows,
-            answers=self.gate_answers,
             seed=program.seed,
             listen=program.listen,
         )
         opened = best_units(gates.scores, count, shape, allowed)
+        needles, _ = best_heads(scores, self.ratio, shape, allowed, self.granularity)
         chosen = with_every_layer(opened, scores, self.per_layer, shape, allowed, self.granularity)
         last = max(1, self.gate_steps // 10)
         measured["kept_heads"] = len(chosen)
         measured["gates"] = {
             "steps": self.gate_steps,
             "context": length,
-            "scores": [[round(x, 4) if isfinite(x) else None for x in row] for row in gates.scores.tolist()],
+            "scores": [[round(x, 4) if x > float("-inf") else None for x in row] for row in gates.scores.tolist()],
             "text_kl": sum(gates.text[-last:]) / last,
             "answers_kl": sum(gates.answers[-last:]) / last,
-            "held": len(held),
             "open": len(opened),
-            "agree_with_needles": len(set(opened) & set(best_units(needles, count, shape, allowed))),
+            "agree_with_needles": len(set(opened) & set(needles)),
         }
         return by_layer(chosen)
 
@@ -373,7 +362,7 @@ class Rtpurbo(Pass):
             granularity=self.select,
             block=self.block,
             sinks=window.sinks,
-            recent=self.forced_recent,
+            recent=self._recent(window.size),
             min_keep=self.min_keep,
             scope=self.sets,
             prefill=self.prefill,

@@ -64,7 +64,8 @@ def best_heads(
         (layer, head) ascending, ties to the lower ones, and :func:`~sparsec.calibrate.retrieval_heads.stability`.
     """
     count = units_kept(ratio, shape, allowed, granularity)
-    scores = unit_scores(scores, shape, granularity)
+    if granularity == "kv_head":
+        scores = scores.reshape(*scores.shape[:-1], shape.kv_heads, shape.group).amax(-1)
     return best_units(scores.mean(0), count, shape, allowed), stability(scores, count, allowed)
 
 
@@ -76,11 +77,6 @@ def unit_of(shape: ModelShape, granularity: Granularity) -> int:
 def units_kept(ratio: float, shape: ModelShape, allowed: Tensor, granularity: Granularity) -> int:
     """How many of them are ``ratio`` of all, one at least."""
     return max(1, round(ratio * (int(allowed.sum()) * shape.heads) / unit_of(shape, granularity)))
-
-
-def unit_scores(scores: Tensor, shape: ModelShape, granularity: Granularity) -> Tensor:
-    """[draws, layers, heads] -> [draws, layers, units]: a unit is as good as its best head."""
-    return scores.unflatten(-1, (-1, unit_of(shape, granularity))).amax(-1)
 
 
 def best_units(scores: Tensor, count: int, shape: ModelShape, allowed: Tensor) -> list[tuple[int, int]]:
