@@ -133,9 +133,7 @@ def test_gates_that_are_shut_or_open_are_the_split(model: Any, ids: Tensor, unit
         found = head_gates._hidden(model, ids[:1], torch.arange(TOKENS), head_gates._Mixing(local, values))
     torch.testing.assert_close(found, true, atol=1e-4, rtol=1e-4)
     windows = Windows(ids, torch.tensor([False, True]), torch.zeros_like(ids, dtype=torch.bool))
-    gates = head_gates.learn_gates(
-        model, windows, local, count=2, unit=unit, rows=8, seed=0, listen=silent
-    )
+    gates = head_gates.learn_gates(model, windows, local, count=2, unit=unit, rows=8, seed=0, listen=silent)
     native = native_local_layers(model.config)
     assert all(bool(torch.isfinite(row).all()) == (i not in native) for i, row in enumerate(gates.scores))
 
