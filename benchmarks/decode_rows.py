@@ -43,19 +43,21 @@ def shown(stats: SelectorStats, **way: Any) -> dict[str, Any]:
     return row
 
 
-def run(asked: argparse.Namespace, measure: Callable[[Any, Tensor, int], list[dict[str, Any]]]) -> None:
+def run(
+    asked: argparse.Namespace, measure: Callable[[Any, Tensor, int], list[dict[str, Any]]], *, windows: int = 1
+) -> None:
     """Measure each context, write what was found.
 
     Args:
-        measure: of a model, one window of tokens, [1, length], and so many decode rows at its end: a row a way. The
-            window is of the split that selectors are measured on, which no fit has seen.
+        measure: of a model, tokens [windows, length], and so many decode rows at each window's end: a row a way. The
+            windows are of the split that selectors are measured on, which no fit has seen.
     """
     model, tokenizer = load(asked.artifact, device=asked.device, dtype="float32", kernels="reference")
     made = artifact_data(asked.artifact)["manifest"]
     calibration = Calibration(read_corpus(made["recipe"]["calibration"]), tokenizer)
     rows: list[dict[str, Any]] = []
     for context in map(int, asked.contexts.split(",")):
-        rows += measure(model, calibration.windows("search", context, 1), asked.rows)
+        rows += measure(model, calibration.windows("search", context, windows), asked.rows)
     selector = model.sparsec_plan.selector
     assert selector is not None
     result = {

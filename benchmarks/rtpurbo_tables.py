@@ -45,7 +45,7 @@ def heads(needles: Mapping[str, Any]) -> str:
     made = (
         "Against dense, needles in points, 95 % intervals paired over windows and prompts; the README has all systems. "
         f"{gates['device']}, {gates['dtype']}: `{command}`, by needles with `--set rtpurbo.choose=needles --set "
-        "distill.weights=lora`, and `make table`'s evaluation."
+        "rtpurbo.forced_recent=64 --set distill.weights=lora`, and `make table`'s evaluation."
     )
     return "\n".join([*markdown(head, rows, 2), "", made])
 
@@ -93,6 +93,23 @@ def needles(result: Mapping[str, Any]) -> str:
     return "\n".join([*markdown(head, found.rows, found.left), "", note])
 
 
+def latest(result: Mapping[str, Any]) -> str:
+    """What selectors cost, of what benchmarks/latest_tokens.py found: KL and tokens kept, by setting and context."""
+    contexts = sorted({row["context"] for row in result["rows"]})
+    settings = list(dict.fromkeys((row["recent"], row["top_p"]) for row in result["rows"]))
+    found = {(row["recent"], row["top_p"], row["context"]): row for row in result["rows"]}
+    rows = []
+    for recent, top_p in settings:
+        cells = [found[recent, top_p, context] for context in contexts]
+        name = [f"{recent:,}", f"{top_p:g}"] if recent is not None else ["all", "none"]
+        kept = ["all" if recent is None else f"{cell['kept_mean']:,.0f}" for cell in cells]
+        rows.append([*name, *(f"{cell['kl']:.4f}" for cell in cells), *kept])
+    head = ["latest tokens kept", "top-p", *(f"KL at {n:,}" for n in contexts), *(f"kept of {n:,}" for n in contexts)]
+    where = f"{result['text']}; {result['device']}, torch {result['versions']['torch']}"
+    note = f"KL of next tokens against dense, nats a row, in decode rows of untrained heads by needles, {where}"
+    return "\n".join([*markdown(head, rows, 1), "", f"{note}: `{result['command']}`."])
+
+
 def recipes(result: Mapping[str, Any]) -> str:
     """The result of benchmarks/recipes.py as Markdown: how near to dense, the mean over lengths, by kind of text."""
     rows = []
@@ -124,6 +141,6 @@ def recipes(result: Mapping[str, Any]) -> str:
     made = f"{last['device']}, {last['dtype']}, torch {last['versions']['torch']}"
     note = (
         "Against dense, along what it says: KL in nats a row, and rows with another first choice. Score: the geometric "
-        f"mean of the KLs of all exams. {made}: `{last['command']}`."
+        f"mean of the KLs of all exams. {made}; the file has each row's command."
     )
     return "\n".join([*markdown(head, rows, 2), "", note])

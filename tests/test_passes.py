@@ -62,6 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtpurbo blocks after RoPE": ("rtpurbo", {"select": "block", "block": 8, "reach": 1024}),
     "rtpurbo before RoPE, on stretched positions": ("rtpurbo", {"rope": "pre", "reach": 1024}),
     "rtpurbo without training": ("rtpurbo", {"steps": 0, "target": "all"}),
+    "rtpurbo keeping what local heads see": ("rtpurbo", {"forced_recent": None}),
     "rtpurbo with chosen prefill": ("rtpurbo", {"prefill": "selector", "query_block": 16, "block": 8}),
     "razor": ("razor", {**RAZOR, "induction": 0.3}),
     "razor whole KV heads, uncompensated": ("razor", {**RAZOR, "granularity": "kv_head", "compensation": False}),
@@ -521,6 +522,16 @@ def test_a_name_that_is_taken_is_refused(distribution: Callable[..., None]) -> N
     distribution(THIRD_PARTY, rtpurbo="thirdparty_pass:Window")
     with pytest.raises(UsageError, match="are both named 'rtpurbo': uninstall one"):
         make_passes({"rtpurbo": {}})
+
+
+@pytest.mark.parametrize(("window", "recent"), [(64, 64), (8192, 512)])
+def test_retrieval_heads_keep_what_local_heads_see_and_little_of_long_windows(window: int, recent: int) -> None:
+    shape = ModelShape(model_type="llama", layers=2, heads=4, kv_heads=2, head_dim=16)
+    split = Rtpurbo(**Rtpurbo.presets["hours"])._split(
+        Plan.dense(shape, "test"), {0: (1,)}, Window(size=window, sinks=4), None
+    )
+    assert split.selector is not None
+    assert split.selector.recent == recent
 
 
 def test_rtpurbo_writes_how_index_keys_are_held_and_read() -> None:
