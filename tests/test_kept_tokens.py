@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import byte_tokenizer
+from folders import write_texts
 
 from sparsec.calibrate.corpus import Corpus, Document
 from sparsec.calibrate.splits import Calibration
@@ -76,3 +78,18 @@ def test_what_is_damaged_or_short_is_tokenised(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(module, "LEAST", 1 << 30)
     Calibration(corpus(), tokenizer, keep=kept_tokens(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+def test_commands_read_a_long_text_once(cli: Any, compile_line: Callable[..., list[str]], tmp_path: Path) -> None:
+    rng = random.Random(5)
+    words = ["".join(rng.choices("abcdefghij", k=6)) for _ in range(2000)]
+    long = ("\n\n".join(" ".join(rng.choices(words, k=1000)) for _ in range(80)) for _ in range(4))
+    texts, cache = write_texts(tmp_path / "texts", *long), tmp_path / "cache"
+    common = ("--calibration", str(texts), "--set", "gate.max_loss=5")
+    assert not cli(*compile_line(tmp_path / "out", *common), cache=cache).status
+    (kept,) = (cache / "tokens").iterdir()
+    written = (kept / "tensors.safetensors").stat()
+    evaluated = ("--lengths", "256", "--windows", "1", "--prompts", "0", "-o", str(tmp_path / "eval.json"))
+    assert not cli("eval", str(tmp_path / "out"), "--text", str(texts), *evaluated, cache=cache).status
+    assert list((cache / "tokens").iterdir()) == [kept]
+    assert (kept / "tensors.safetensors").stat().st_mtime_ns == written.st_mtime_ns
