@@ -43,10 +43,10 @@ from sparsec.compiler.commands.options import cache_dir
 from sparsec.compiler.draw import drawing
 from sparsec.compiler.kept_tokens import kept_tokens
 from sparsec.compiler.recipe import parse_setting
-from sparsec.compiler.source import load_model, load_tokenizer, open_source
+from sparsec.compiler.source import Source, load_model, load_tokenizer, open_source
 from sparsec.compiler.versions import versions
 from sparsec.compiler.weights import weight_files
-from sparsec.layout import TENSORS, read_plan
+from sparsec.layout import MANIFEST, TENSORS, read_json, read_plan
 from sparsec.passes.base import Program
 from sparsec.passes.distill import Distill
 from sparsec.plan import Plan
@@ -55,7 +55,7 @@ from sparsec.plugins.runtime import applied
 
 RESULT = Path(__file__).resolve().parent / "results" / "recipes-demo.json"
 TASKS = ("kv", "multikey", "passkey")
-KEY = ("artifact", "plan", "recipe", "steps", "dtype", "asked")
+KEY = ("artifact", "plan", "tensors", "recipe", "steps", "dtype", "asked")
 AS_IT_IS = "as it is"  # the artifact's own weights
 ANSWER, TEXT = 12, 256  # tokens that dense writes after a question, and after natural text
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--source", default="demo")
     parser.add_argument("--train", required=True)
     parser.add_argument("--dev", required=True)
-    parser.add_argument("--recipe", action="append", default=[], help="name=value,... of distill's options")
+    parser.add_argument("--recipe", action="append", default=[], help=f"name=value,... of distill's, or '{AS_IT_IS}'")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lengths", default="2048,4096,8000")
     parser.add_argument("--windows", type=int, default=16)
@@ -110,18 +110,18 @@ def main() -> None:
         for artifact, plan in zip(asked.artifacts, plans, strict=True):
             selectors = artifact / TENSORS
             tensors = load_file(selectors) if selectors.exists() else {}  # windows alone need none
-            for recipe in [*([AS_IT_IS] if asked.bounds else []), *asked.recipe]:
+            for recipe in dict.fromkeys([*([AS_IT_IS] if asked.bounds else []), *asked.recipe]):
                 trained = {}
                 if recipe == AS_IT_IS:
-                    put_weights(model, _own_weights(artifact, model))
+                    put_weights(model, _own_weights(artifact, source, model))
                 else:
                     pass_ = Distill.model_validate({"weights": "all", "steps": asked.steps} | _options(recipe))
                     trained = _train(pass_, Program(model, plan, tensors, 0, listen), train, Path(scratch))
                 with _sparse(model, dense.dtype, plan, tensors) as student:
                     found = judged(exams, dense, student)
                 put_weights(model, source_weights)
-                made = {"artifact": artifact.name, "plan": plan.digest[:16], "recipe": recipe}
-                _add(asked.output, about | made | trained | found)
+                made = {"artifact": artifact.name, "plan": plan.digest[:16], "tensors": _digest(tensors)}
+                _add(asked.output, about | made | {"recipe": recipe} | trained | found)
                 print(f"{artifact.name} {recipe}: {found['score']}", file=sys.stderr, flush=True)
 
 
@@ -177,13 +177,22 @@ def _train(pass_: Distill, program: Program, text: Calibration, scratch: Path) -
     return {"steps": pass_.steps, "seconds": round(time.monotonic() - began, 1), **told}
 
 
-def _own_weights(artifact: Path, model: Any) -> dict[str, Tensor]:
+def _own_weights(artifact: Path, source: Source, model: Any) -> dict[str, Tensor]:
     """Those in its files; a folder with nothing but a plan has the source's."""
-    names = dict(model.named_parameters())
-    stored: dict[str, Tensor] = {}
-    for file in weight_files(artifact) if any(artifact.glob("model*.safetensors")) else ():
-        stored |= {name: weight for name, weight in load_file(file).items() if name in names}
-    return stored
+    if not (artifact / MANIFEST).exists():
+        return {}
+    if read_json(artifact / MANIFEST)["source"]["digest"] != source.digest:
+        sys.exit(f"{artifact} was compiled from another model than {source.spec}: name it with --source")
+    stored = {name: weight for file in weight_files(artifact) for name, weight in load_file(file).items()}
+    return {name: stored[name] for name, _ in model.named_parameters()}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """The plan's digest leaves out what was fitted."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:

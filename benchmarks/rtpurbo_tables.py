@@ -93,20 +93,22 @@ def needles(result: Mapping[str, Any]) -> str:
     return "\n".join([*markdown(head, found.rows, found.left), "", note])
 
 
-def latest(result: Mapping[str, Any]) -> str:
-    """What selectors cost, of what benchmarks/latest_tokens.py found: KL and tokens kept, by setting and context."""
+def recent(result: Mapping[str, Any]) -> str:
+    """What selectors cost, of what benchmarks/recent_tokens.py found: KL and tokens kept, by setting and context."""
     contexts = sorted({row["context"] for row in result["rows"]})
     settings = list(dict.fromkeys((row["recent"], row["top_p"]) for row in result["rows"]))
     found = {(row["recent"], row["top_p"], row["context"]): row for row in result["rows"]}
     rows = []
-    for recent, top_p in settings:
-        cells = [found[recent, top_p, context] for context in contexts]
-        name = [f"{recent:,}", f"{top_p:g}"] if recent is not None else ["all", "none"]
-        kept = ["all" if recent is None else f"{cell['kept_mean']:,.0f}" for cell in cells]
+    for number, top_p in settings:
+        cells = [found[number, top_p, context] for context in contexts]
+        name = [f"{number:,}", f"{top_p:g}"] if number is not None else ["all", "none"]
+        kept = ["all" if number is None else f"{cell['kept_mean']:,.0f}" for cell in cells]
         rows.append([*name, *(f"{cell['kl']:.4f}" for cell in cells), *kept])
-    head = ["latest tokens kept", "top-p", *(f"KL at {n:,}" for n in contexts), *(f"kept of {n:,}" for n in contexts)]
+    head = ["recent tokens kept", "top-p", *(f"KL at {n:,}" for n in contexts), *(f"kept of {n:,}" for n in contexts)]
     where = f"{result['text']}; {result['device']}, torch {result['versions']['torch']}"
-    note = f"KL of next tokens against dense, nats a row, in decode rows of untrained heads by needles, {where}"
+    passes = result["recipe"]["passes"]
+    chosen = f"heads by {passes['rtpurbo']['choose']}, {'' if 'distill' in passes else 'no '}weights trained"
+    note = f"KL of next tokens against dense in decode rows, nats a token; {chosen}; {where}"
     return "\n".join([*markdown(head, rows, 1), "", f"{note}: `{result['command']}`."])
 
 
@@ -135,12 +137,12 @@ def recipes(result: Mapping[str, Any]) -> str:
         "recipe",
         "steps",
         "score",
-        *(f"{kind}: {part}" for kind in ("text", "answers", "greedy") for part in ("KL", "other")),
+        *(f"{kind}: {part}" for kind in ("text", "answers", "greedy") for part in ("KL", "top-1 differs")),
     ]
     last = result["rows"][-1]
     made = f"{last['device']}, {last['dtype']}, torch {last['versions']['torch']}"
     note = (
-        "Against dense, along what it says: KL in nats a row, and rows with another first choice. Score: the geometric "
-        f"mean of the KLs of all exams. {made}; the file has each row's command."
+        "Teacher-forced on text, on dense's answers to needles and on its greedy continuations: KL against dense, nats "
+        f"a token, and tokens that dense would choose and the model not. Score: geometric mean of the KLs. {made}."
     )
     return "\n".join([*markdown(head, rows, 2), "", note])

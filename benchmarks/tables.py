@@ -10,7 +10,7 @@ heads     the same beside distill-needles-demo.json, whose heads needles chose: 
 indexers  indexers-demo.json, what benchmarks/indexers.py wrote: before and after RoPE
 indexers-yarn  indexers-yarn-demo.json, the same at twice the trained length, with YaRN
 indexers-needles, indexers-yarn-needles    what it wrote with --needles: the tasks, by kind
-latest    latest-tokens-demo.json, what benchmarks/latest_tokens.py wrote: what selectors cost, by what they always keep
+recent    recent-tokens-demo.json, what benchmarks/recent_tokens.py wrote: what selectors cost, by what they always keep
 recipes   recipes-demo.json, what benchmarks/recipes.py wrote: plans and options of distill on development text
 patterns  sharing-demo.json, what benchmarks/sharing.py wrote: patterns of the demo model's indexers
 sharing   dsa-tiny.json, what benchmarks/dsa.py wrote: patterns of a small DSA model
@@ -47,7 +47,7 @@ sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
 
 from blocks import documents, main  # noqa: E402  a script's folder, not a package
 from merged_tables import large, lengths, markdown, merged, vllm  # noqa: E402
-from rtpurbo_tables import heads, indexers, latest, needles, recipes, rope  # noqa: E402
+from rtpurbo_tables import heads, indexers, needles, recent, recipes, rope  # noqa: E402
 from sharing_tables import patterns  # noqa: E402
 from speed_tables import coarse, index_keys, kernels, whole  # noqa: E402
 
@@ -320,10 +320,10 @@ TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
         "--out benchmarks/results/indexers-yarn-needles-demo.json",
         needles,
     ),
-    "latest": (
-        "latest-tokens-demo",
-        "python benchmarks/latest_tokens.py out/split && make docs",
-        latest,
+    "recent": (
+        "recent-tokens-demo",
+        "python benchmarks/recent_tokens.py out/split && make docs",
+        recent,
     ),
     "recipes": (
         "recipes-demo",

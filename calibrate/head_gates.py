@@ -46,7 +46,7 @@ class Gates:
 
     scores: Tensor  # float32 [layers, units] on the CPU; -inf where a layer was not to be split
     text: list[float]  # KL a step on natural text, nats a row
-    answers: list[float]  # and on the decode rows of windows with questions
+    questions: list[float]  # and on the decode rows of windows with questions
 
 
 @dataclass
@@ -134,8 +134,8 @@ def learn_gates(
                 mixing = _Mixing(local, leaf.requires_grad_())
                 drawn = torch.randperm(length, generator=generator)[:TEXT_ROWS]
                 gates.text.append(_backward(model, text[step], drawn, mixing))
-                gates.answers.append(_backward(model, questions[step], last, mixing))
-                if not math.isfinite(gates.text[-1] + gates.answers[-1]):
+                gates.questions.append(_backward(model, questions[step], last, mixing))
+                if not math.isfinite(gates.text[-1] + gates.questions[-1]):
                     raise TrainingError("choosing heads gave a loss that is not finite: use rtpurbo.choose=needles")
                 optimizer.zero_grad(set_to_none=True)
                 assert leaf.grad is not None

@@ -307,7 +307,7 @@ class Rtpurbo(Pass):
             "context": length,
             "scores": [[round(x, 4) if x > float("-inf") else None for x in row] for row in gates.scores.tolist()],
             "text_kl": sum(gates.text[-last:]) / last,
-            "answers_kl": sum(gates.answers[-last:]) / last,
+            "questions_kl": sum(gates.questions[-last:]) / last,
             "open": len(opened),
             "agree_with_needles": len(set(opened) & set(needles)),
         }

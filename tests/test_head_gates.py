@@ -89,8 +89,8 @@ def test_heads_that_matter_stay_open(model: Any) -> None:
     gates = learn_gates(model, windows(60, seed=2), local, count=2, unit=1, **GIVEN)
     best = gates.scores.flatten().topk(2).indices.tolist()
     assert {(at // shape.heads, at % shape.heads) for at in best} == planted
-    assert len(gates.text) == len(gates.answers) == 30
-    assert gates.answers[-1] < gates.answers[0]
+    assert len(gates.text) == len(gates.questions) == 30
+    assert gates.questions[-1] < gates.questions[0]
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsec.calibrate.corpus import read_corpus
+from sparsec.calibrate.indexer_fit import Forced
 from sparsec.calibrate.splits import Calibration
 from sparsec.compiler.pipeline import Job, compile_model
 from sparsec.compiler.recipe import make_recipe, read_recipe
@@ -532,6 +533,26 @@ def test_retrieval_heads_keep_what_local_heads_see_and_little_of_long_windows(wi
     )
     assert split.selector is not None
     assert split.selector.recent == recent
+
+
+def test_indexers_are_fitted_for_the_recent_tokens_that_the_plan_keeps(
+    prepared: Callable[[str], Program],
+    make: Callable[..., Pass],
+    calibration: Calibration,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitted: list[Forced] = []
+
+    def forced(*given: Any, **more: Any) -> Forced:
+        fitted.append(Forced(*given, **more))
+        return fitted[-1]
+
+    monkeypatch.setattr("sparsec.passes.rtpurbo.Forced", forced)
+    plan = make("rtpurbo", forced_recent=None).run(prepared("rtpurbo"), calibration).plan
+    assert plan.selector is not None
+    assert plan.window is not None
+    assert plan.selector.recent == plan.window.size
+    assert [(each.sinks, each.recent) for each in fitted] == [(plan.selector.sinks, plan.selector.recent)]
 
 
 def test_rtpurbo_writes_how_index_keys_are_held_and_read() -> None:

@@ -1,9 +1,9 @@
-"""What selectors cost in decode rows, by the latest tokens that they keep in any case and by top-p.
+"""What selectors cost in decode rows, by the recent tokens that they keep in any case and by top-p.
 
     sparsec compile demo --passes rtpurbo --calibration texts/train -o out/split
-    python benchmarks/latest_tokens.py out/split
+    python benchmarks/recent_tokens.py out/split
 
-Writes benchmarks/results/latest-tokens-demo.json. The prompt is read once; then the same decode rows run with retrieval
+Writes benchmarks/results/recent-tokens-demo.json. The prompt is read once; then the same decode rows run with retrieval
 heads dense (the split alone: what no selector can better) and with selectors, each against the dense model: KL of next
 tokens and other first choices. Text of the split that selectors are measured on, seen by no fit.
 """
@@ -42,7 +42,7 @@ def measure(settings: list[dict[str, float]], model: Any, tokens: Tensor, rows: 
 
     found = [{"context": length, "recent": None, "top_p": None, **against_dense(Step(decode=False, commit=False))}]
     for setting in settings:
-        install(model, plan.edit(selector=plan.selector.model_copy(update=setting)), tensors)
+        install(model, plan.edit(selector={**plan.selector.model_dump(), **setting}), tensors)
         stats = SelectorStats()
         cost = against_dense(Step(decode=True, commit=False, observe=stats))
         found.append(shown(stats, context=length, **setting, **cost))
@@ -52,8 +52,8 @@ def measure(settings: list[dict[str, float]], model: Any, tokens: Tensor, rows: 
 
 def main() -> None:
     """Measure each setting, write what was found."""
-    about = "What selectors cost in decode rows, by the latest tokens that they keep and by top-p."
-    options = parser(about, "latest-tokens-demo.json", contexts="2048,4096,8000", rows=256)
+    about = "What selectors cost in decode rows, by the recent tokens that they keep and by top-p."
+    options = parser(about, "recent-tokens-demo.json", contexts="2048,4096,8000", rows=256)
     options.add_argument("--windows", type=int, default=4)
     asked = options.parse_args()
     settings = [{"recent": recent, "top_p": 0.9} for recent in (64, 128, 256, 512)]
