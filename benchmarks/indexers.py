@@ -118,7 +118,10 @@ def _needles(asked: argparse.Namespace, model: Any, systems: Sequence[System], l
     )
     text = Calibration(read_corpus(asked.needles), load_tokenizer(open_source(asked.source, cache_dir=cache_dir())))
     found = evaluate(systems, text, suite, listen=listen)
-    return {"dtype": asked.dtype, **{name: found[name] for name in ("cells", "comparisons", "prompts_each")}}
+    return {
+        "dtype": asked.dtype,
+        **{name: found[name] for name in ("cells", "comparisons", "over_lengths", "prompts_each")},
+    }
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Measures: each task's share of answers found, all needle tasks together (each weighing the same), bits per byte, and the
 agreement of the long decode's first tokens with dense. Against dense there is also the recovery: the share of dense's
-score that the system reaches.
+score that the system reaches. Needle tasks of all lengths together tell more than those of one.
 """
 
 from __future__ import annotations
@@ -34,6 +34,30 @@ def comparisons(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
             names = {"length": length, "system": system["system"], "against": against["system"]}
             found += [names | row for row in _rows(system, against, seed)]
     return found
+
+
+def over_lengths(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
+    """Each pair of systems on all needle tasks of all lengths, each weighing the same; none where it is one length.
+
+    Rows are those of :func:`comparisons`, with ``share``, the system's, in place of the length.
+    """
+    by_system: dict[str, dict[tuple[int, str], Sequence[float]]] = {}
+    for cell in cells:
+        needles = {
+            (cell["length"], task): one["found"] for task, one in cell.get("tasks", {}).items() if task in NEEDLES
+        }
+        by_system.setdefault(cell["system"], {}).update(needles)
+    found = []
+    for (against, others), (system, own) in combinations(by_system.items(), 2):
+        if own.keys() == others.keys() and len({length for length, _ in own}) > 1:
+            pairs = [Paired(own[place], others[place]) for place in own]
+            row = _row(TOGETHER, difference(pairs, seed=seed), sum(len(pair.system) for pair in pairs))
+            found.append({"system": system, "against": against, "share": _mean(own), **row})
+    return found
+
+
+def _mean(found: Mapping[Any, Sequence[float]]) -> float:
+    return sum(sum(one) / len(one) for one in found.values()) / len(found)
 
 
 def _rows(system: Cell, against: Cell, seed: int) -> Iterator[dict[str, Any]]:

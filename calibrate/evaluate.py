@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsec.calibrate.comparisons import TOGETHER, comparisons
+from sparsec.calibrate.comparisons import TOGETHER, comparisons, over_lengths
 from sparsec.calibrate.decode import text_loss
 from sparsec.calibrate.long_decode import compared, continued, followed
 from sparsec.calibrate.needles import FIRST
@@ -125,7 +125,7 @@ def evaluate(
     task, text loss and long decode of a system and length is a part that ``keep`` may have from a run that was stopped.
 
     Returns:
-        JSON data: ``cells`` by length and system, ``comparisons`` between systems, the suite and notes.
+        JSON data: ``cells`` by length and system, their ``comparisons`` and ``over_lengths``, the suite and notes.
 
     Raises:
         UsageError: nothing to compare the long decode with.
@@ -154,6 +154,7 @@ def evaluate(
     return {
         "cells": cells,
         "comparisons": comparisons(cells, seed=suite.seed),
+        "over_lengths": over_lengths(cells, seed=suite.seed),
         "notes": list(dict.fromkeys(notes)),
         "seed": suite.seed,
         "rows": suite.rows,

@@ -78,10 +78,21 @@ def tasks(result: Result) -> Table:
             label = "needles together" if task == TOGETHER else task
             cases = [by_place.get((length, system)) for system in systems]
             rows.append([count(length), label, *(_task(result, cell, task) if cell else NONE for cell in cases)])
+    rows += _over_lengths(result, systems)
     note = (
         "Share of the asked answers that were generated; in brackets points against dense, with paired 95 % intervals."
     )
     return Table("Tasks", ["tokens", "task", *map(named, systems)], rows, note, 2)
+
+
+def _over_lengths(result: Result, systems: Sequence[str]) -> list[list[str]]:
+    """The row of all lengths, where there are several that dense and another system did."""
+    found = {row["system"]: row for row in result.get("over_lengths", []) if row["against"] == "dense"}
+    if not found:
+        return []
+    share = next(row["share"] - row["change"] for row in found.values())
+    cells = {"dense": f"{share:.2f}"} | {name: f"{row['share']:.2f} ({points(row)})" for name, row in found.items()}
+    return [["all", "needles together", *(cells.get(name, NONE) for name in systems)]]
 
 
 def positions(result: Result) -> Table:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sparsec.calibrate.comparisons import TOGETHER, comparisons
+from sparsec.calibrate.comparisons import TOGETHER, comparisons, over_lengths
 from sparsec.calibrate.corpus import read_corpus
 from sparsec.calibrate.decode import decode_rows, text_loss
 from sparsec.calibrate.evaluate import Suite, System, attention_read, baseline_plan, evaluate
@@ -26,7 +26,7 @@ from sparsec.calibrate.statistics import Paired, change, difference, recovery
 from sparsec.compiler.systems import Base, open_artifacts, systems
 from sparsec.errors import ArtifactError, SparsecError, UsageError
 from sparsec.events import Event
-from sparsec.export.evaluation import tables
+from sparsec.export.evaluation import _over_lengths, tables
 from sparsec.layout import MANIFEST, read_plan
 from sparsec.plugins.load import load
 
@@ -106,6 +106,18 @@ def test_every_two_systems_are_compared_on_what_both_did() -> None:
     assert rows["split", "dense", "bits_per_byte"]["change"] == 0
     assert rows["artifact", "split", "kv"]["change"] == 0.5
     assert "recovery" not in rows["artifact", "split", "kv"]
+    assert over_lengths(cells, seed=0) == [], "one length"
+    longer = [{**one, "length": 128} for one in cells]
+    both = {(row["system"], row["against"]): row for row in over_lengths([*cells, *longer], seed=0)}
+    assert set(both) == {("split", "dense")}, "the artifact did other tasks"
+    row = both["split", "dense"]
+    assert (row["measure"], row["n"], row["share"]) == (TOGETHER, 8, 0.5)
+    assert row["change"] == pytest.approx(-0.25)
+    assert row["high"] - row["low"] < rows["split", "dense", TOGETHER]["high"] - rows["split", "dense", TOGETHER]["low"]
+    (shown,) = _over_lengths({"over_lengths": list(both.values())}, ["dense", "split", "artifact"])
+    assert shown[:3] == ["all", "needles together", "0.75"]
+    assert shown[3].startswith("0.50 (−25.0 [")
+    assert shown[4] == "–"
 
 
 # Text and long decode ---------------------------------------------------------------------------------------------
