@@ -287,7 +287,7 @@ def test_the_evaluation_becomes_a_row_a_length_and_system(
     rows = [[line.split("|")[1:-1] for line in part.splitlines() if line.startswith("|")] for part in (overview, tasks)]
     assert len(rows[0]) == 2 + 2 * 4
     assert {len(row) for row in rows[0]} == {8}
-    assert len(rows[1]) == 2 + 2
+    assert len(rows[1]) == 2 + 2 + 1  # the last one: both lengths
     assert {len(row) for row in rows[1]} == {2 + 4}
     assert "1 held-out windows of builtin" in table
 
