@@ -4,7 +4,7 @@
     python benchmarks/recent_tokens.py out/split
 
 Writes benchmarks/results/recent-tokens-demo.json. The prompt is read once; then the same decode rows run with retrieval
-heads dense (the split alone: what no selector can better) and with selectors, each against the dense model: KL of next
+heads dense (the split alone, which no selector can better) and with selectors, each against the dense model: KL of next
 tokens and other first choices. Text of the split that selectors are measured on, seen by no fit.
 """
 
@@ -17,6 +17,7 @@ import torch
 from decode_rows import parser, run, shown
 from torch import Tensor
 
+from sparsec.calibrate.evaluate import baseline_plan
 from sparsec.calibrate.selector_stats import SelectorStats
 from sparsec.calibrate.teacher import divergence
 from sparsec.plugins.runtime import added_tensors, install, new_cache, rows_as, stepping, uninstall
@@ -34,17 +35,18 @@ def measure(settings: list[dict[str, float]], model: Any, tokens: Tensor, rows: 
     with rows_as("prefill"):
         model.get_decoder()(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
 
-    def against_dense(step: Step) -> dict[str, float]:
-        with stepping(step):
+    def against_dense(observe: SelectorStats | None = None) -> dict[str, float]:
+        with stepping(Step(decode=True, commit=False, observe=observe)):
             found = model(input_ids=ids[:, prompt:], past_key_values=cache, use_cache=True).logits
         other = (true.argmax(-1) != found.argmax(-1)).double().mean()
         return {"kl": float(divergence(true, found).double().mean()), "other": float(other)}
 
-    found = [{"context": length, "recent": None, "top_p": None, **against_dense(Step(decode=False, commit=False))}]
+    install(model, baseline_plan("split", plan), {})
+    found = [{"context": length, "recent": None, "top_p": None, **against_dense()}]
     for setting in settings:
         install(model, plan.edit(selector={**plan.selector.model_dump(), **setting}), tensors)
         stats = SelectorStats()
-        cost = against_dense(Step(decode=True, commit=False, observe=stats))
+        cost = against_dense(stats)
         found.append(shown(stats, context=length, **setting, **cost))
     install(model, plan, tensors)
     return found

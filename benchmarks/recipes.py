@@ -24,12 +24,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsec.calibrate.corpus import read_corpus
@@ -43,19 +43,22 @@ from sparsec.compiler.commands.options import cache_dir
 from sparsec.compiler.draw import drawing
 from sparsec.compiler.kept_tokens import kept_tokens
 from sparsec.compiler.recipe import parse_setting
-from sparsec.compiler.source import Source, load_model, load_tokenizer, open_source
+from sparsec.compiler.source import load_model, load_tokenizer, open_source
+from sparsec.compiler.stages import fingerprint
+from sparsec.compiler.systems import Compiled, open_artifacts
 from sparsec.compiler.versions import versions
-from sparsec.compiler.weights import weight_files
-from sparsec.layout import MANIFEST, TENSORS, read_json, read_plan
+from sparsec.layout import TENSORS
 from sparsec.passes.base import Program
 from sparsec.passes.distill import Distill
 from sparsec.plan import Plan
+from sparsec.plugins.auto import read_tensors
 from sparsec.plugins.device import device_name
-from sparsec.plugins.runtime import applied
+from sparsec.plugins.load import load
+from sparsec.plugins.runtime import applied, tensor_names
 
 RESULT = Path(__file__).resolve().parent / "results" / "recipes-demo.json"
 TASKS = ("kv", "multikey", "passkey")
-KEY = ("artifact", "plan", "tensors", "recipe", "steps", "dtype", "asked")
+KEY = ("artifact", "plan", "files", "recipe", "steps", "dtype", "asked")
 AS_IT_IS = "as it is"  # the artifact's own weights
 ANSWER, TEXT = 12, 256  # tokens that dense writes after a question, and after natural text
 
@@ -90,7 +93,9 @@ def main() -> None:
     source = open_source(asked.source, cache_dir=cache_dir())
     tokenizer = load_tokenizer(source)
     model = load_model(source, device=asked.device, dtype="float32")
-    plans = [read_plan(artifact) for artifact in asked.artifacts]
+    artifacts = open_artifacts(asked.artifacts)
+    if artifacts[0].manifest["source"]["digest"] != source.digest:
+        sys.exit(f"{artifacts[0].path} was compiled from another model than {source.spec}: name it with --source")
     keep = kept_tokens(cache_dir())
     train = Calibration(read_corpus(asked.train), tokenizer, keep=keep)
     dev = Calibration(read_corpus(asked.dev), tokenizer, shares=(0.05, 0.05, 0.9), keep=keep)  # nearly all
@@ -106,23 +111,23 @@ def main() -> None:
         exams = list(_exams(asked, dense, tokenizer, dev))
         if asked.bounds:
             _add(asked.output, about | {"recipe": "dense float32", **judged(exams, dense, model)})
-        source_weights = copied_weights(model)
-        for artifact, plan in zip(asked.artifacts, plans, strict=True):
-            selectors = artifact / TENSORS
-            tensors = load_file(selectors) if selectors.exists() else {}  # windows alone need none
-            for recipe in dict.fromkeys([*([AS_IT_IS] if asked.bounds else []), *asked.recipe]):
-                trained = {}
-                if recipe == AS_IT_IS:
-                    put_weights(model, _own_weights(artifact, source, model))
-                else:
-                    pass_ = Distill.model_validate({"weights": "all", "steps": asked.steps} | _options(recipe))
-                    trained = _train(pass_, Program(model, plan, tensors, 0, listen), train, Path(scratch))
-                with _sparse(model, dense.dtype, plan, tensors) as student:
+        before = copied_weights(model)
+        recipes = dict.fromkeys([*([AS_IT_IS] if asked.bounds else []), *asked.recipe])
+        for artifact, recipe in product(artifacts, recipes):
+            trained = {}
+            if recipe == AS_IT_IS:
+                own = load(artifact.path, device=asked.device, dtype=asked.dtype, kernels="reference").model
+                found = judged(exams, dense, own)
+            else:
+                tensors = read_tensors(artifact.path / TENSORS) if tensor_names(artifact.plan) else {}
+                pass_ = Distill.model_validate({"weights": "all", "steps": asked.steps} | _options(recipe))
+                trained = _train(pass_, Program(model, artifact.plan, tensors, 0, listen), train, Path(scratch))
+                with _sparse(model, dense.dtype, artifact.plan, tensors) as student:
                     found = judged(exams, dense, student)
-                put_weights(model, source_weights)
-                made = {"artifact": artifact.name, "plan": plan.digest[:16], "tensors": _digest(tensors)}
-                _add(asked.output, about | made | {"recipe": recipe} | trained | found)
-                print(f"{artifact.name} {recipe}: {found['score']}", file=sys.stderr, flush=True)
+                put_weights(model, before)
+            made = {"artifact": artifact.path.name, "plan": artifact.plan.digest[:16], "files": _identity(artifact)}
+            _add(asked.output, about | made | {"recipe": recipe} | trained | found)
+            print(f"{artifact.path.name} {recipe}: {found['score']}", file=sys.stderr, flush=True)
 
 
 def _exams(asked: argparse.Namespace, dense: Any, tokenizer: Any, dev: Calibration) -> Iterator[Exam]:
@@ -177,22 +182,9 @@ def _train(pass_: Distill, program: Program, text: Calibration, scratch: Path) -
     return {"steps": pass_.steps, "seconds": round(time.monotonic() - began, 1), **told}
 
 
-def _own_weights(artifact: Path, source: Source, model: Any) -> dict[str, Tensor]:
-    """Those in its files; a folder with nothing but a plan has the source's."""
-    if not (artifact / MANIFEST).exists():
-        return {}
-    if read_json(artifact / MANIFEST)["source"]["digest"] != source.digest:
-        sys.exit(f"{artifact} was compiled from another model than {source.spec}: name it with --source")
-    stored = {name: weight for file in weight_files(artifact) for name, weight in load_file(file).items()}
-    return {name: stored[name] for name, _ in model.named_parameters()}
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """The plan's digest leaves out what was fitted."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _identity(artifact: Compiled) -> str:
+    """Tells artifacts of one plan apart: what was fitted and trained is in no plan."""
+    return fingerprint(artifact=artifact.identity)[:16]
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:

@@ -358,6 +358,18 @@ def tiny_artifact(tiny_compiled: tuple[Path, Result]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def benchmark() -> Callable[[str], Any]:
+    """``benchmark("recipes")``: a script of benchmarks/ as a module."""
+
+    def load(name: str) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+            return importlib.import_module(name)
+
+    return load
+
+
+@pytest.fixture(scope="session")
 def small_llama() -> Callable[..., Any]:
     """``small_llama(layers=3)``: a model of 60 tokens whose random attention is sharp enough to choose by."""
 

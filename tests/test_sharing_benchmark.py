@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 FIGURES = {"recall_mean": 0.9, "recall_p5": 0.7, "far_mean": 0.8, "kept_mean": 100.0, "context_mean": 400.0}
 WORK = {
     "candidates": 3,
@@ -21,12 +19,9 @@ WORK = {
 
 
 @pytest.fixture(scope="module")
-def parts() -> Any:
+def parts(benchmark: Callable[[str], Any]) -> Any:
     """The benchmark's modules: ``figures``, ``jobs``, ``tables``."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        names = ("figures", "jobs", "tables")
-        return type("Parts", (), {name: importlib.import_module(f"sharing_{name}") for name in names})
+    return type("Parts", (), {name: benchmark(f"sharing_{name}") for name in ("figures", "jobs", "tables")})
 
 
 @pytest.fixture(scope="module")
