@@ -33,6 +33,9 @@ def heads(needles: Mapping[str, Any]) -> str:
                 for measure, written in ((BITS, shares), (TOGETHER, points)):
                     row.append(written(against(result, cell, measure, "dense") or {}))
             rows.append(row)
+    for name, result in (("needles", needles), ("gates", gates)):
+        all_of = {row["system"]: points(row) for row in result["over_lengths"] if row["against"] == "dense"}
+        rows.append(["all", name, "", all_of["split"], "", all_of["distilled"]])
     head = [
         "tokens",
         "heads by",
@@ -129,9 +132,8 @@ def recipes(result: Mapping[str, Any]) -> str:
             )
         ]
         recipe = f"`{row['recipe']}`" if "=" in row["recipe"] else row["recipe"]
-        rows.append(
-            [row.get("artifact", row.get("plan", "")), recipe, str(row.get("steps", "")), f"{row['score']:.4f}", *parts]
-        )
+        plan = row.get("label") or row.get("artifact", "")  # dense in float32 has none
+        rows.append([plan, recipe, str(row.get("steps", "")), f"{row['score']:.4f}", *parts])
     head = [
         "plan",
         "recipe",
@@ -140,7 +142,8 @@ def recipes(result: Mapping[str, Any]) -> str:
         *(f"{kind}: {part}" for kind in ("text", "answers", "greedy") for part in ("KL", "top-1 differs")),
     ]
     last = result["rows"][-1]
-    made = f"{last['device']}, {last['dtype']}, torch {last['versions']['torch']}"
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in result["rows"]))
+    made = f"{last['device']}, {last['dtype']}, torch {last['versions']['torch']}: {commands}"
     note = (
         "Teacher-forced on text, on dense's answers to needles and on its greedy continuations: KL against dense, nats "
         f"a token, and tokens that dense would choose and the model not. Score: geometric mean of the KLs. {made}."
