@@ -39,7 +39,7 @@ def comparisons(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
 def over_lengths(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
     """Each pair of systems on all needle tasks of all lengths, each weighing the same; none where it is one length.
 
-    Rows are those of :func:`comparisons`, with ``share``, the system's, in place of the length.
+    Rows are those of :func:`comparisons`, with both systems' shares, ``share`` and ``against_share``, for the length.
     """
     by_system: dict[str, dict[tuple[int, str], Sequence[float]]] = {}
     for cell in cells:
@@ -52,7 +52,8 @@ def over_lengths(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
         if own.keys() == others.keys() and len({length for length, _ in own}) > 1:
             pairs = [Paired(own[place], others[place]) for place in own]
             row = _row(TOGETHER, difference(pairs, seed=seed), sum(len(pair.system) for pair in pairs))
-            found.append({"system": system, "against": against, "share": _mean(own), **row})
+            both = {"share": _mean(own), "against_share": _mean(others)}
+            found.append({"system": system, "against": against, **both, **row})
     return found
 
 

@@ -90,8 +90,8 @@ def _over_lengths(result: Result, systems: Sequence[str]) -> list[list[str]]:
     found = {row["system"]: row for row in result.get("over_lengths", []) if row["against"] == "dense"}
     if not found:
         return []
-    share = next(row["share"] - row["change"] for row in found.values())
-    cells = {"dense": f"{share:.2f}"} | {name: f"{row['share']:.2f} ({points(row)})" for name, row in found.items()}
+    cells = {name: f"{row['share']:.2f}{_points(row)}" for name, row in found.items()}
+    cells["dense"] = f"{next(iter(found.values()))['against_share']:.2f}"
     return [["all", "needles together", *(cells.get(name, NONE) for name in systems)]]
 
 

@@ -26,7 +26,7 @@ from sparsec.calibrate.statistics import Paired, change, difference, recovery
 from sparsec.compiler.systems import Base, open_artifacts, systems
 from sparsec.errors import ArtifactError, SparsecError, UsageError
 from sparsec.events import Event
-from sparsec.export.evaluation import _over_lengths, tables
+from sparsec.export.evaluation import tables, tasks
 from sparsec.layout import MANIFEST, read_plan
 from sparsec.plugins.load import load
 
@@ -87,7 +87,7 @@ def test_every_two_systems_are_compared_on_what_both_did() -> None:
         return {"length": 64, "system": system, **more}
 
     def task(*found: float) -> dict[str, Any]:
-        return {"found": list(found)}
+        return {"found": list(found), "share": sum(found) / len(found)}
 
     text = {"windows": [1.0, 1.2], "window_bytes": [100, 100]}
     cells = [
@@ -111,10 +111,10 @@ def test_every_two_systems_are_compared_on_what_both_did() -> None:
     both = {(row["system"], row["against"]): row for row in over_lengths([*cells, *longer], seed=0)}
     assert set(both) == {("split", "dense")}, "the artifact did other tasks"
     row = both["split", "dense"]
-    assert (row["measure"], row["n"], row["share"]) == (TOGETHER, 8, 0.5)
+    assert (row["measure"], row["n"], row["share"], row["against_share"]) == (TOGETHER, 8, 0.5, 0.75)
     assert row["change"] == pytest.approx(-0.25)
     assert row["low"] < row["change"] <= row["high"]
-    (shown,) = _over_lengths({"over_lengths": list(both.values())}, ["dense", "split", "artifact"])
+    *_, shown = tasks({"cells": [*cells, *longer], "comparisons": [], "over_lengths": list(both.values())}).rows
     assert shown[:3] == ["all", "needles together", "0.75"]
     assert shown[3].startswith("0.50 (−25.0 [")
     assert shown[4] == "–"
