@@ -41,7 +41,9 @@ def measure(settings: list[dict[str, float]], model: Any, tokens: Tensor, rows: 
         other = (true.argmax(-1) != found.argmax(-1)).double().mean()
         return {"kl": float(divergence(true, found).double().mean()), "other": float(other)}
 
-    install(model, baseline_plan("split", plan), {})
+    split = baseline_plan("split", plan)
+    assert split is not None
+    install(model, split, {})
     found = [{"context": length, "recent": None, "top_p": None, **against_dense()}]
     for setting in settings:
         install(model, plan.edit(selector={**plan.selector.model_dump(), **setting}), tensors)
